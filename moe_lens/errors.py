@@ -1,0 +1,43 @@
+"""Every error of ours that a user can meet: what is wrong, the value it got, the next step."""
+
+from __future__ import annotations
+
+
+class MoeLensError(Exception):
+    """Root of the errors that moe_lens raises on purpose."""
+
+
+class TraceError(MoeLensError):
+    """A trace cannot be opened or read: missing, empty, foreign, damaged, or of a newer format."""
+
+
+class TraceLocked(TraceError):
+    """Another process is writing this trace (or this rank of it)."""
+
+
+class TraceWriteError(MoeLensError):
+    """The trace writer could not write. What it had written before stays readable."""
+
+
+class UnsupportedRouter(MoeLensError):
+    """A module routes in a way that capture cannot see, or cannot see correctly."""
+
+
+class NoMoELayers(UnsupportedRouter):
+    """The model has no layer that any adapter recognises as Mixture-of-Experts."""
+
+
+class CaptureBreach(MoeLensError):
+    """An invariant of the capture failed: routing was seen twice, in part, or not at all."""
+
+
+class QueryError(MoeLensError):
+    """A SQL text or a stored question could not be run."""
+
+
+class CommandError(MoeLensError):
+    """A command-line mistake; ``exit_code`` is what the process returns."""
+
+    def __init__(self, message: str, exit_code: int = 2) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -1,0 +1,272 @@
+"""Trace format 1: the tables, their columns, and how each column is laid down in Parquet.
+
+Counts and sums are stored, ratios are derived: sums merge across ranks and windows, means do not.
+Only signed integers, floats, booleans, plain strings and lists of those, so that DuckDB, pandas,
+Spark and Arrow read the files with no help from us.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+"""Major version of the format. A reader refuses a trace whose version is above its own."""
+
+UNTAGGED = "untagged"
+"""The tag of tokens for which the user named none."""
+
+OTHER = "other"
+"""The tag that collects every tag after the first `MAX_TAGS` distinct ones."""
+
+MAX_TAGS = 32
+
+I32, I64, F32, F64 = pa.int32(), pa.int64(), pa.float32(), pa.float64()
+STR, BOOL = pa.string(), pa.bool_()
+IDS, FLOATS = pa.list_(I32), pa.list_(F32)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: `packing` is "dictionary" (keys, few values) or "split" (BYTE_STREAM_SPLIT)."""
+
+    name: str
+    type: pa.DataType
+    doc: str
+    packing: str = "dictionary"
+    nullable: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table: what a row is, its columns, the columns rows are sorted by inside a segment."""
+
+    name: str
+    row: str
+    columns: tuple[Column, ...]
+    sort: tuple[str, ...]
+    per_token: bool = False
+    """Sampled rows that a disk bound (`max_bytes`) may remove, oldest first."""
+
+    @property
+    def schema(self) -> pa.Schema:
+        return pa.schema([pa.field(c.name, c.type, nullable=c.nullable) for c in self.columns])
+
+
+def key(name: str, type_: pa.DataType, doc: str) -> Column:
+    return Column(name, type_, doc)
+
+
+def count(name: str, doc: str, *, nullable: bool = False) -> Column:
+    return Column(name, I64, doc, "split", nullable)
+
+
+def total(name: str, doc: str, type_: pa.DataType = F64) -> Column:
+    return Column(name, type_, doc, "split", nullable=True)
+
+
+ATTEMPT = key("attempt", I32, "0 for the first recording, one more for each resume")
+STEP = key("step", I64, "what the user calls a step; in a table of windows, the window's first")
+FORWARD = key("forward", I32, "forward of the root module inside the step, from 0")
+WINDOW = key("window", I64, "run of forwards of one phase that share rows of counts")
+PHASE = key("phase", STR, "train, eval, prefill or decode, or what the user said")
+LAYER = key("layer", I32, "number among MoE layers, in call order (meta: layers)")
+TAG = key("tag", STR, f"the user's slice; at most {MAX_TAGS} and '{OTHER}'")
+TOKEN = key("token", I32, "flat index of the token in the forward's stream")
+
+TABLES: dict[str, Table] = {
+    t.name: t
+    for t in (
+        Table(
+            "load",
+            "(window, layer, tag, expert), non-zero only",
+            (
+                ATTEMPT,
+                WINDOW,
+                STEP,
+                PHASE,
+                LAYER,
+                TAG,
+                key("expert", I32, "expert id; ids from meta's `experts` upward compute nothing"),
+                count("routed", "choices of this expert by valid tokens, as the router made them"),
+                count("processed", "choices the expert computed for valid tokens"),
+                count("overflowed", "choices that found the expert full"),
+                count("dropped", "overflowed choices that no expert computed"),
+                count("rerouted_in", "choices moved here from a full expert"),
+                count("padding", "choices made by padding tokens"),
+                total("prob_sum", "sum of the router's probability of this expert", F32),
+                total("weight_sum", "sum of the gate weights with which it was computed", F32),
+                count("received", "rows the expert's own rank saw, where visible", nullable=True),
+            ),
+            ("layer", "window", "tag", "expert"),
+        ),
+        Table(
+            "layers",
+            "(window, layer)",
+            (
+                ATTEMPT,
+                WINDOW,
+                STEP,
+                PHASE,
+                LAYER,
+                count("forwards", "forwards in the window in which this layer ran"),
+                count("tokens", "valid tokens routed"),
+                count("padding_tokens", "padding tokens routed"),
+                count("capacity", "choices one expert takes per capacity group", nullable=True),
+                count("max_load", "largest `processed` of one expert in one forward"),
+                key("max_load_expert", I32, "the expert that had it"),
+                count("touched", "experts that computed something, summed over forwards"),
+                count("dispatch_ns", "time in the dispatch all-to-all, ns", nullable=True),
+                count("combine_ns", "time in the combine all-to-all, ns", nullable=True),
+            ),
+            ("layer", "window"),
+        ),
+        Table(
+            "routers",
+            "(window, layer, tag)",
+            (
+                ATTEMPT,
+                WINDOW,
+                STEP,
+                PHASE,
+                LAYER,
+                TAG,
+                count("tokens", "valid tokens"),
+                count("unserved_tokens", "valid tokens for which no expert ran"),
+                count("nonfinite_tokens", "valid tokens with NaN or infinite logits: in no sum"),
+                total("entropy_sum", "entropy of the router's full distribution, nats"),
+                total("margin_sum", "k-th minus next selection score (meta: selection)"),
+                total("top1_prob_sum", "largest router probability"),
+                total("zloss_sum", "squared logsumexp of the logits, nats squared"),
+            ),
+            ("layer", "window", "tag"),
+        ),
+        Table(
+            "slices",
+            "(window, tag)",
+            (
+                ATTEMPT,
+                WINDOW,
+                STEP,
+                PHASE,
+                TAG,
+                count("tokens", "valid tokens"),
+                count("sequences", "sequences with a valid token in the window, per forward"),
+                total("loss_sum", "sum of the losses given to rec.loss, in the user's unit"),
+                count("loss_tokens", "tokens behind loss_sum"),
+            ),
+            ("window", "tag"),
+        ),
+        Table(
+            "steps",
+            "(step, forward)",
+            (
+                ATTEMPT,
+                STEP,
+                FORWARD,
+                PHASE,
+                WINDOW,
+                count("t_start_ns", "start of the forward, ns since the epoch"),
+                count("host_ns", "wall time of the forward on the host, ns"),
+                count("device_ns", "time of the forward on the device, ns", nullable=True),
+                count("tokens", "valid tokens"),
+                count("padding_tokens", "padding tokens"),
+                key("sampled", BOOL, "per-token rows were asked for"),
+                count("lost_rows", "per-token rows lost because the writer fell behind"),
+                count("fires_expected", "MoE blocks entered"),
+                count("fires_seen", "MoE blocks whose routing was seen"),
+                count("breaches", "invariants that failed in this forward"),
+            ),
+            ("step", "forward"),
+        ),
+        Table(
+            "sequences",
+            "sequence (where per-token rows were kept), with the user's own key columns after these",
+            (
+                ATTEMPT,
+                key("sequence", I64, "number of the sequence on this rank"),
+                STEP,
+                FORWARD,
+                TAG,
+                Column("request", STR, "the user's request id", nullable=True),
+            ),
+            ("sequence",),
+        ),
+        Table(
+            "tokens",
+            "(step, forward, stream, token), sampled",
+            (
+                ATTEMPT,
+                STEP,
+                FORWARD,
+                key("stream", STR, "main, or encoder and decoder: one token numbering each"),
+                TOKEN,
+                key("sequence", I64, "number of the sequence on this rank"),
+                Column("position", I32, "position in the sequence, from 0", "split"),
+                key("padding", BOOL, "a padding token: routed by the model, in no count of load"),
+                TAG,
+                Column("token_id", I32, "vocabulary id, if asked for", "split", nullable=True),
+            ),
+            ("step", "forward", "stream", "token"),
+            per_token=True,
+        ),
+        Table(
+            "routing",
+            "(step, forward, layer, token), sampled",
+            (
+                ATTEMPT,
+                STEP,
+                FORWARD,
+                LAYER,
+                TOKEN,
+                Column("expert_ids", IDS, "choices, in the order the experts got them", "split"),
+                Column("weights", FLOATS, "gate weights, same order (meta: weights codec)", "split"),
+                Column("next_ids", IDS, "runners-up by selection score", "split", nullable=True),
+                Column("next_weights", FLOATS, "the gate weight each would have had if its router "
+                       "score stood in the place of a chosen one", "split", nullable=True),
+                Column("entropy", F32, "nats", "split", nullable=True),
+                Column("margin", F32, "k-th minus next selection score", "split", nullable=True),
+                Column("dropped", IDS, "slots that no expert computed; null: none", nullable=True),
+            ),
+            ("layer", "step", "forward", "token"),
+            per_token=True,
+        ),
+        Table(
+            "outcomes",
+            "(sequence, position), append-only: the newest row counts",
+            (
+                ATTEMPT,
+                key("sequence", I64, "number of the sequence on this rank"),
+                Column("position", I32, "null: the whole sequence", "split", nullable=True),
+                Column("kept", BOOL, "false: rejected draft, superseded beam", nullable=True),
+                Column("loss", F32, "loss of the prediction made here", "split", nullable=True),
+            ),
+            ("sequence", "position"),
+            per_token=True,
+        ),
+        Table(
+            "logits",
+            "(step, forward, layer, token), opt-in, sampled",
+            (
+                ATTEMPT,
+                STEP,
+                FORWARD,
+                LAYER,
+                TOKEN,
+                Column("logits", FLOATS, "router logits, rounded to bf16", "split"),
+            ),
+            ("layer", "step", "forward", "token"),
+            per_token=True,
+        ),
+    )
+}
+
+
+def with_keys(keys: tuple[str, ...]) -> dict[str, Table]:
+    """The tables, with the user's declared keys as string columns of `sequences`."""
+    if not keys:
+        return TABLES
+    base = TABLES["sequences"]
+    extra = tuple(Column(k, STR, "declared by the user", nullable=True) for k in keys)
+    return {**TABLES, "sequences": Table(base.name, base.row, base.columns + extra, base.sort)}
