@@ -84,6 +84,9 @@ class Meta:
     weights: str = "bf16"
     """bf16 (low mantissa bits cleared) or exact."""
     keys: list[str] = field(default_factory=list)
+    """The user's own columns of `sequences`."""
+    tags: list[str] = field(default_factory=list)
+    """Tags in the order they came; from the 33rd on they are counted as `other`."""
     attempts: list[Attempt] = field(default_factory=list)
     warnings: dict[str, int] = field(default_factory=dict)
     """What went wrong without stopping the recording, and how often."""

@@ -54,26 +54,26 @@ class Table:
         return pa.schema([pa.field(c.name, c.type, nullable=c.nullable) for c in self.columns])
 
 
-def key(name: str, type_: pa.DataType, doc: str) -> Column:
+def _key(name: str, type_: pa.DataType, doc: str) -> Column:
     return Column(name, type_, doc)
 
 
-def count(name: str, doc: str, *, nullable: bool = False) -> Column:
+def _count(name: str, doc: str, *, nullable: bool = False) -> Column:
     return Column(name, I64, doc, "split", nullable)
 
 
-def total(name: str, doc: str, type_: pa.DataType = F64) -> Column:
+def _total(name: str, doc: str, type_: pa.DataType = F64) -> Column:
     return Column(name, type_, doc, "split", nullable=True)
 
 
-ATTEMPT = key("attempt", I32, "0 for the first recording, one more for each resume")
-STEP = key("step", I64, "what the user calls a step; in a table of windows, the window's first")
-FORWARD = key("forward", I32, "forward of the root module inside the step, from 0")
-WINDOW = key("window", I64, "run of forwards of one phase that share rows of counts")
-PHASE = key("phase", STR, "train, eval, prefill or decode, or what the user said")
-LAYER = key("layer", I32, "number among MoE layers, in call order (meta: layers)")
-TAG = key("tag", STR, f"the user's slice; at most {MAX_TAGS} and '{OTHER}'")
-TOKEN = key("token", I32, "flat index of the token in the forward's stream")
+ATTEMPT = _key("attempt", I32, "0 for the first recording, one more for each resume")
+STEP = _key("step", I64, "what the user calls a step; in a table of windows, the window's first")
+FORWARD = _key("forward", I32, "forward of the root module inside the step, from 0")
+WINDOW = _key("window", I64, "run of forwards of one phase that share rows of counts")
+PHASE = _key("phase", STR, "train, eval, prefill or decode, or what the user said")
+LAYER = _key("layer", I32, "number among MoE layers, in call order (meta: layers)")
+TAG = _key("tag", STR, f"the user's slice; at most {MAX_TAGS} and '{OTHER}'")
+TOKEN = _key("token", I32, "flat index of the token in the forward's stream")
 
 TABLES: dict[str, Table] = {
     t.name: t
@@ -88,16 +88,16 @@ TABLES: dict[str, Table] = {
                 PHASE,
                 LAYER,
                 TAG,
-                key("expert", I32, "expert id; ids from meta's `experts` upward compute nothing"),
-                count("routed", "choices of this expert by valid tokens, as the router made them"),
-                count("processed", "choices the expert computed for valid tokens"),
-                count("overflowed", "choices that found the expert full"),
-                count("dropped", "overflowed choices that no expert computed"),
-                count("rerouted_in", "choices moved here from a full expert"),
-                count("padding", "choices made by padding tokens"),
-                total("prob_sum", "sum of the router's probability of this expert", F32),
-                total("weight_sum", "sum of the gate weights with which it was computed", F32),
-                count("received", "rows the expert's own rank saw, where visible", nullable=True),
+                _key("expert", I32, "expert id; ids from meta's `experts` upward compute nothing"),
+                _count("routed", "choices of this expert by valid tokens, as the router made them"),
+                _count("processed", "choices the expert computed for valid tokens"),
+                _count("overflowed", "choices that found the expert full"),
+                _count("dropped", "overflowed choices that no expert computed"),
+                _count("rerouted_in", "choices moved here from a full expert"),
+                _count("padding", "choices made by padding tokens"),
+                _total("prob_sum", "sum of the router's probability of this expert", F32),
+                _total("weight_sum", "sum of the gate weights with which it was computed", F32),
+                _count("received", "rows the expert's own rank saw, where visible", nullable=True),
             ),
             ("layer", "window", "tag", "expert"),
         ),
@@ -110,15 +110,15 @@ TABLES: dict[str, Table] = {
                 STEP,
                 PHASE,
                 LAYER,
-                count("forwards", "forwards in the window in which this layer ran"),
-                count("tokens", "valid tokens routed"),
-                count("padding_tokens", "padding tokens routed"),
-                count("capacity", "choices one expert takes per capacity group", nullable=True),
-                count("max_load", "largest `processed` of one expert in one forward"),
-                key("max_load_expert", I32, "the expert that had it"),
-                count("touched", "experts that computed something, summed over forwards"),
-                count("dispatch_ns", "time in the dispatch all-to-all, ns", nullable=True),
-                count("combine_ns", "time in the combine all-to-all, ns", nullable=True),
+                _count("forwards", "forwards in the window in which this layer ran"),
+                _count("tokens", "valid tokens routed"),
+                _count("padding_tokens", "padding tokens routed"),
+                _count("capacity", "choices one expert takes per capacity group", nullable=True),
+                _count("max_load", "largest `processed` of one expert in one forward"),
+                _key("max_load_expert", I32, "the expert that had it"),
+                _count("touched", "experts that computed something, summed over forwards"),
+                _count("dispatch_ns", "time in the dispatch all-to-all, ns", nullable=True),
+                _count("combine_ns", "time in the combine all-to-all, ns", nullable=True),
             ),
             ("layer", "window"),
         ),
@@ -132,13 +132,13 @@ TABLES: dict[str, Table] = {
                 PHASE,
                 LAYER,
                 TAG,
-                count("tokens", "valid tokens"),
-                count("unserved_tokens", "valid tokens for which no expert ran"),
-                count("nonfinite_tokens", "valid tokens with NaN or infinite logits: in no sum"),
-                total("entropy_sum", "entropy of the router's full distribution, nats"),
-                total("margin_sum", "k-th minus next selection score (meta: selection)"),
-                total("top1_prob_sum", "largest router probability"),
-                total("zloss_sum", "squared logsumexp of the logits, nats squared"),
+                _count("tokens", "valid tokens"),
+                _count("unserved_tokens", "valid tokens for which no expert ran"),
+                _count("nonfinite_tokens", "valid tokens with NaN or infinite logits: in no sum"),
+                _total("entropy_sum", "entropy of the router's full distribution, nats"),
+                _total("margin_sum", "k-th minus next selection score (meta: selection)"),
+                _total("top1_prob_sum", "largest router probability"),
+                _total("zloss_sum", "squared logsumexp of the logits, nats squared"),
             ),
             ("layer", "window", "tag"),
         ),
@@ -151,10 +151,10 @@ TABLES: dict[str, Table] = {
                 STEP,
                 PHASE,
                 TAG,
-                count("tokens", "valid tokens"),
-                count("sequences", "sequences with a valid token in the window, per forward"),
-                total("loss_sum", "sum of the losses given to rec.loss, in the user's unit"),
-                count("loss_tokens", "tokens behind loss_sum"),
+                _count("tokens", "valid tokens"),
+                _count("sequences", "sequences with a valid token in the window, per forward"),
+                _total("loss_sum", "sum of the losses given to rec.loss, in the user's unit"),
+                _count("loss_tokens", "tokens behind loss_sum"),
             ),
             ("window", "tag"),
         ),
@@ -167,16 +167,16 @@ TABLES: dict[str, Table] = {
                 FORWARD,
                 PHASE,
                 WINDOW,
-                count("t_start_ns", "start of the forward, ns since the epoch"),
-                count("host_ns", "wall time of the forward on the host, ns"),
-                count("device_ns", "time of the forward on the device, ns", nullable=True),
-                count("tokens", "valid tokens"),
-                count("padding_tokens", "padding tokens"),
-                key("sampled", BOOL, "per-token rows were asked for"),
-                count("lost_rows", "per-token rows lost because the writer fell behind"),
-                count("fires_expected", "MoE blocks entered"),
-                count("fires_seen", "MoE blocks whose routing was seen"),
-                count("breaches", "invariants that failed in this forward"),
+                _count("t_start_ns", "start of the forward, ns since the epoch"),
+                _count("host_ns", "wall time of the forward on the host, ns"),
+                _count("device_ns", "time of the forward on the device, ns", nullable=True),
+                _count("tokens", "valid tokens"),
+                _count("padding_tokens", "padding tokens"),
+                _key("sampled", BOOL, "per-token rows were asked for"),
+                _count("lost_rows", "per-token rows lost because the writer fell behind"),
+                _count("fires_expected", "MoE blocks entered"),
+                _count("fires_seen", "MoE blocks whose routing was seen"),
+                _count("breaches", "invariants that failed in this forward"),
             ),
             ("step", "forward"),
         ),
@@ -185,7 +185,7 @@ TABLES: dict[str, Table] = {
             "sequence (where per-token rows were kept), with the user's own key columns after these",
             (
                 ATTEMPT,
-                key("sequence", I64, "number of the sequence on this rank"),
+                _key("sequence", I64, "number of the sequence on this rank"),
                 STEP,
                 FORWARD,
                 TAG,
@@ -200,11 +200,11 @@ TABLES: dict[str, Table] = {
                 ATTEMPT,
                 STEP,
                 FORWARD,
-                key("stream", STR, "main, or encoder and decoder: one token numbering each"),
+                _key("stream", STR, "main, or encoder and decoder: one token numbering each"),
                 TOKEN,
-                key("sequence", I64, "number of the sequence on this rank"),
+                _key("sequence", I64, "number of the sequence on this rank"),
                 Column("position", I32, "position in the sequence, from 0", "split"),
-                key("padding", BOOL, "a padding token: routed by the model, in no count of load"),
+                _key("padding", BOOL, "a padding token: routed by the model, in no count of load"),
                 TAG,
                 Column("token_id", I32, "vocabulary id, if asked for", "split", nullable=True),
             ),
@@ -221,10 +221,16 @@ TABLES: dict[str, Table] = {
                 LAYER,
                 TOKEN,
                 Column("expert_ids", IDS, "choices, in the order the experts got them", "split"),
-                Column("weights", FLOATS, "gate weights, same order (meta: weights codec)", "split"),
+                Column("weights", FLOATS, "gate weights, same order (meta)", "split"),
                 Column("next_ids", IDS, "runners-up by selection score", "split", nullable=True),
-                Column("next_weights", FLOATS, "the gate weight each would have had if its router "
-                       "score stood in the place of a chosen one", "split", nullable=True),
+                Column(
+                    "next_weights",
+                    FLOATS,
+                    "the gate weight each would have had if its router "
+                    "score stood in the place of a chosen one",
+                    "split",
+                    nullable=True,
+                ),
                 Column("entropy", F32, "nats", "split", nullable=True),
                 Column("margin", F32, "k-th minus next selection score", "split", nullable=True),
                 Column("dropped", IDS, "slots that no expert computed; null: none", nullable=True),
@@ -237,7 +243,7 @@ TABLES: dict[str, Table] = {
             "(sequence, position), append-only: the newest row counts",
             (
                 ATTEMPT,
-                key("sequence", I64, "number of the sequence on this rank"),
+                _key("sequence", I64, "number of the sequence on this rank"),
                 Column("position", I32, "null: the whole sequence", "split", nullable=True),
                 Column("kept", BOOL, "false: rejected draft, superseded beam", nullable=True),
                 Column("loss", F32, "loss of the prediction made here", "split", nullable=True),

@@ -1,0 +1,60 @@
+# Everything runs in .venv, which `install` makes and every other target calls.
+
+PYTHON ?= python3
+WORKERS ?= 2
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMP := .venv/.installed
+TORCH := $(shell grep '^torch==' constraints.txt)
+BENCHMARKS = $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
+# The browser is only for the browser tests.
+BROWSER := $(if $(wildcard tests/browser/test_*.py),chromium)
+
+.PHONY: help install chromium demo test lint format bench clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+
+install: $(STAMP)  ## create .venv and install moe_lens with its tests and tools
+
+# torch by its exact pin before anything asks for it more loosely: a loose requirement takes the
+# newest build, which on Linux brings gigabytes of CUDA libraries.
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo 'Installing $(TORCH), then moe_lens and the rest, into .venv (a few minutes the first time)'
+	@$(PIP) install --quiet -c constraints.txt '$(TORCH)'
+	@$(PIP) install --quiet -c constraints.txt -e '.[test]'
+	@touch $@
+
+# Playwright would download a browser of its own; Debian's comes with its libraries and its updates.
+chromium: export DEBIAN_FRONTEND = noninteractive
+chromium:  ## install Debian's Chromium for the browser tests, where that is possible
+	@if ! command -v chromium >/dev/null; then \
+		as_root=$$(test "$$(id -u)" = 0 || echo 'sudo -n'); \
+		{ $$as_root apt-get update -qq && $$as_root apt-get install -qq -y chromium; } >/dev/null 2>&1 \
+		|| echo 'chromium: cannot be installed with apt-get here; browser tests will be skipped'; \
+	fi
+
+demo: install  ## train a small MoE for two minutes, record it, print the report
+	$(BIN)/moe-lens demo
+
+test: lint $(BROWSER)  ## lint, then every test
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+
+lint: install  ## ruff, mypy, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install  ## let ruff sort imports and format
+	$(BIN)/ruff check --select I --fix .
+	$(BIN)/ruff format .
+
+bench: install  ## run every benchmark; each exits non-zero when it misses its gate
+	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
+
+clean:  ## remove caches and builds; .venv and traces stay
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -1,0 +1,113 @@
+"""What an adapter is: it finds the MoE layers of a model and reads what their experts were given.
+
+An adapter reads; it never computes routing again. For each MoE block it names the block, what is
+known of its router, and taps: modules to hook, with a function that picks tensors out of what the
+module was given or gave back.
+
+Legend: T tokens, K choices per token, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from torch import Tensor, nn
+
+from moe_lens.trace.meta import LayerInfo
+
+
+@dataclass(slots=True)
+class Observed:
+    """What the taps of one MoE block saw in one call.
+
+    `expert_ids_TK` and `weights_TK` are what the experts consumed; all the rest is optional.
+    """
+
+    expert_ids_TK: Tensor | None = None
+    """int; the choices, in the order the experts got them."""
+    weights_TK: Tensor | None = None
+    """float; gate weights, same order."""
+    logits_TE: Tensor | None = None
+    """float; the router's output before any normalisation."""
+    router_ids_TK: Tensor | None = None
+    """int; the router's own choices, where it states them apart from what the experts got."""
+    kept_TK: Tensor | None = None
+    """bool; False: this slot found its expert full and nothing computed it. None: dropless."""
+    capacity: int | None = None
+    """Choices one expert takes in one capacity group."""
+    capacity_groups: int = 1
+    """Capacity groups in the forward (sequences, where each has a capacity of its own)."""
+    bias_E: Tensor | None = None
+    """float; what is added to the scores for selection only."""
+    problems: dict[str, int | Tensor] = field(default_factory=dict)
+    """What the adapter found contradictory, and for how many tokens (a 0-dim tensor may stay on
+    its device)."""
+
+
+Read = Callable[[Observed, tuple[Any, ...], dict[str, Any], Any], None]
+"""Fills an `Observed` from a module's (args, kwargs, output); output is None for an input tap."""
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A hook on one module: `read` is called with its input (before it runs) or its output."""
+
+    module: nn.Module
+    when: Literal["input", "output"]
+    read: Read
+
+
+@dataclass
+class MoELayer:
+    """One MoE block of the model: `info.layer` is set later, by call order."""
+
+    block: nn.Module
+    info: LayerInfo
+    taps: list[Tap]
+    router: nn.Module | None = None
+    """Searched for a selection bias and groups."""
+
+
+class Adapter(Protocol):
+    """Recognises MoE blocks.
+
+    Third parties register theirs in the entry-point group `moe_lens.adapters`, or hand them to
+    `record(adapters=[...])`.
+    """
+
+    name: str
+
+    def layer(self, path: str, module: nn.Module) -> MoELayer | None:
+        """The MoE layer that `module` is, or None.
+
+        Args:
+            path: Where it stands in the model.
+            module: Any module of the model.
+
+        Raises:
+            UnsupportedRouter: It is an MoE block, but one whose routing cannot be seen.
+        """
+        ...
+
+
+def first_number(path: str) -> int | None:
+    """The decoder block in a module path: the first number in `model.layers.3.mlp`."""
+    return next((int(part) for part in path.split(".") if part.isdigit()), None)
+
+
+def stream_of(path: str) -> str:
+    """Encoder and decoder of one model number their tokens apart."""
+    parts = path.split(".")
+    return next((s for s in ("encoder", "decoder") if s in parts), "main")
+
+
+def first_int(module: nn.Module | None, *names: str) -> int | None:
+    """The first of these attributes that is an int, on the module or on its config."""
+    for owner in (module, getattr(module, "config", None)):
+        for name in names:
+            value = getattr(owner, name, None)
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value
+    return None

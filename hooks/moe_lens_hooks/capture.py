@@ -1,0 +1,207 @@
+"""Hooks on a model: they see each MoE block being entered, and what its experts are given.
+
+Every hook returns None, so nothing the model computes is replaced, and none raises into a forward
+for what it sees: problems travel with the counts.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from moe_lens.errors import CaptureBreach, NoMoELayers
+from moe_lens_hooks.adapter import Adapter, MoELayer, Observed, Read
+from moe_lens_hooks.forward import OpenForward, recomputing
+
+_recorded: WeakSet[nn.Module] = WeakSet()
+"""Blocks that a recorder is attached to: two on one block would each see half of the truth."""
+
+Begin = Callable[[dict[str, Any], bool], OpenForward]
+"""(the root's arguments by name, implicit) to the new forward."""
+Fire = Callable[[OpenForward, MoELayer, int, tuple[int, int] | None, Observed], None]
+"""(forward, layer, how often its block was entered before, its input's (B, S), what was seen)."""
+
+
+def find_layers(model: nn.Module, adapters: Sequence[Adapter]) -> list[MoELayer]:
+    """The MoE layers of a model; a module that one adapter took is not offered to the next.
+
+    Raises:
+        NoMoELayers: None was recognised.
+        UnsupportedRouter: A block is an MoE whose routing cannot be seen.
+    """
+    found: list[MoELayer] = []
+    for path, module in model.named_modules():
+        layers = (adapter.layer(path, module) for adapter in adapters)
+        layer = next((x for x in layers if x is not None), None)
+        if layer is not None:
+            found.append(layer)
+    if not found:
+        names = ", ".join(a.name for a in adapters)
+        raise NoMoELayers(
+            f"{type(model).__name__} has no MoE layer that an adapter recognises ({names}). If it "
+            "is dense there is nothing to record; if it routes, write an adapter in 30 lines "
+            "(docs/hooks.md) or hand the routing to rec.log(layer, expert_ids, weights)."
+        )
+    return found
+
+
+class Capture:
+    """Attaches hooks and keeps track of the forward that is running.
+
+    Args:
+        model: The root module.
+        layers: Its MoE layers.
+        begin: Makes the state of a new forward.
+        fire: Takes what one block was seen to do.
+        end: Takes a forward that is over.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None,
+        layers: list[MoELayer],
+        begin: Begin,
+        fire: Fire,
+        end: Callable[[OpenForward], None],
+    ) -> None:
+        taken = [x.info.path for x in layers if x.block in _recorded]
+        if taken:
+            raise CaptureBreach(
+                f"another recorder is attached to this model already ({taken[0]} and "
+                f"{len(taken) - 1} more). Close it first: each forward is recorded once."
+            )
+        self._begin, self._fire, self._end = begin, fire, end
+        self._layers = layers
+        self._stack: list[Observed] = []
+        self._shapes: list[tuple[int, int] | None] = []
+        self.current: OpenForward | None = None
+        self.aborted = 0
+        """Forwards that an exception ended before their root module returned."""
+        self._names = _argument_names(model)
+        self._handles: list[Any] = []
+        if model is not None:
+            self._handles += [
+                model.register_forward_pre_hook(_untraced(self._enter_root), with_kwargs=True),
+                model.register_forward_hook(_untraced(self._leave_root), with_kwargs=True),
+            ]
+        for layer in layers:
+            self._attach(layer)
+            _recorded.add(layer.block)
+
+    def detach(self) -> None:
+        """Take every hook off again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for layer in self._layers:
+            _recorded.discard(layer.block)
+
+    def implicit(self) -> OpenForward:
+        """The running forward, or a new one that no root module opened."""
+        if self.current is None:
+            self.current = self._begin({}, True)
+        return self.current
+
+    def end_implicit(self) -> None:
+        """A step or a root forward begins or ends: what ran without a root belongs together."""
+        if self.current is not None and self.current.implicit:
+            forward, self.current = self.current, None
+            self._end(forward)
+
+    def _attach(self, layer: MoELayer) -> None:
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._enter_block(layer, args, kwargs)
+
+        def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            self._leave_block(layer)
+
+        # First in, first out: a tap may be the block itself.
+        self._handles += [
+            layer.block.register_forward_pre_hook(_untraced(enter), with_kwargs=True, prepend=True),
+        ]
+        for tap in layer.taps:
+            self._tap(tap.module, tap.when, tap.read)
+        self._handles.append(layer.block.register_forward_hook(_untraced(leave), with_kwargs=True))
+
+    def _tap(self, module: nn.Module, when: str, read: Read) -> None:
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._stack and not recomputing():
+                read(self._stack[-1], args, kwargs, None)
+
+        def after(_: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
+            if self._stack and not recomputing():
+                read(self._stack[-1], args, kwargs, output)
+
+        if when == "input":
+            handle = module.register_forward_pre_hook(_untraced(before), with_kwargs=True)
+        else:
+            handle = module.register_forward_hook(_untraced(after), with_kwargs=True)
+        self._handles.append(handle)
+
+    def _enter_root(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+        if recomputing():
+            return
+        self.end_implicit()
+        if self.current is not None:
+            self.aborted += 1
+        self._stack.clear()
+        self._shapes.clear()
+        named = dict(zip(self._names, args, strict=False)) | kwargs
+        self.current = self._begin(named, False)
+
+    def _leave_root(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if recomputing() or self.current is None:
+            return
+        forward, self.current = self.current, None
+        self._end(forward)
+
+    def _enter_block(self, layer: MoELayer, args: tuple[Any, ...], kwargs: Any) -> None:
+        if recomputing():
+            return
+        forward = self.current
+        if forward is not None and forward.implicit and id(layer.block) in forward.entered:
+            self.end_implicit()  # the same block again: the next forward without a root
+        forward = self.implicit()
+        forward.expected += 1
+        self._stack.append(Observed())
+        self._shapes.append(_rows_and_positions(args, kwargs))
+
+    def _leave_block(self, layer: MoELayer) -> None:
+        if recomputing() or not self._stack or self.current is None:
+            return
+        seen, shape = self._stack.pop(), self._shapes.pop()
+        times = self.current.entered.get(id(layer.block), 0)
+        self.current.entered[id(layer.block)] = times + 1
+        if seen.expert_ids_TK is None or seen.weights_TK is None:
+            self.current.problem(
+                f"{layer.info.path} ran, but its experts were not called as a module (fused or "
+                "compiled code may bypass it); see docs/hooks.md"
+            )
+            return
+        with torch.no_grad():
+            self._fire(self.current, layer, times, shape, seen)
+
+
+def _untraced(hook: Callable[..., None]) -> Callable[..., None]:
+    """Keep torch.compile from tracing the hook: it breaks the graph here and calls it as it is."""
+    return torch.compiler.disable(hook)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def _argument_names(model: nn.Module | None) -> list[str]:
+    if model is None:
+        return []
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(model.forward).parameters.values()
+    return [p.name for p in parameters if p.kind in kinds]
+
+
+def _rows_and_positions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
+    """(first, second) size of a block's `[B, S, D]` input; None for `[T, D]`."""
+    tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+    first = next(tensors, None)
+    return (first.shape[0], first.shape[1]) if first is not None and first.ndim == 3 else None

@@ -1,0 +1,225 @@
+"""What the hooks report becomes a forward: each block's routing is checked, described, reduced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from moe_lens.trace.meta import LayerInfo, Meta
+from moe_lens.trace.schema import MAX_TAGS, OTHER
+from moe_lens_hooks.adapter import MoELayer, Observed
+from moe_lens_hooks.batch import Batch, Describer, StepContext, padding_from_mask
+from moe_lens_hooks.forward import OpenForward, Seen
+from moe_lens_hooks.inputs import batch_shape, cached_positions, phase_of
+from moe_lens_hooks.reduce import reduce
+from moe_lens_hooks.sampling import Sampling
+from moe_lens_hooks.semantics import Semantics, learn
+
+Key = tuple[Any, int]
+"""What a layer is known by: its block (or its name in `rec.log`), and which call of it in a
+forward, since blocks may be shared."""
+
+
+class Intake:
+    """Numbers the layers in the order in which they run, and takes what is seen of them.
+
+    Args:
+        model: For the phase: training or not.
+        sampling: Whose per-token rows are kept.
+        layout: How the model flattens.
+        first_sequence: Number of the first sequence.
+        tags: Tags known already (when resuming).
+        keep_logits, keep_token_ids: Of sampled tokens.
+        edit: Changes the meta file.
+        warn: Tells the user.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None,
+        sampling: Sampling,
+        layout: str,
+        first_sequence: int,
+        tags: list[str],
+        *,
+        keep_logits: bool,
+        keep_token_ids: bool,
+        edit: Callable[[Callable[[Meta], None]], None],
+        warn: Callable[[str], None],
+    ) -> None:
+        self.infos: dict[Key, LayerInfo] = {}
+        self._model = model
+        self._sampling = sampling
+        self._layout = layout
+        self._describer = Describer(self._admit, layout, first_sequence)
+        self._tags = list(tags)
+        self._keep_logits, self._keep_token_ids = keep_logits, keep_token_ids
+        self._edit, self._warn = edit, warn
+        self._meanings: dict[int, Semantics | None] = {}
+
+    def begin(
+        self,
+        step: int,
+        number: int,
+        context: StepContext,
+        inputs: dict[str, Any],
+        implicit: bool,
+    ) -> OpenForward:
+        """A forward begins; see `OpenForward`."""
+        ids = inputs.get("input_ids", inputs.get("tokens")) if self._keep_token_ids else None
+        return OpenForward(
+            step=step,
+            forward=number,
+            phase=context.phase or phase_of(self._model, inputs),
+            context=context,
+            inputs=inputs,
+            implicit=implicit,
+            token_ids=ids if isinstance(ids, Tensor) else None,
+            sampled=self._sampling.share > 0 and step % self._sampling.every == 0,
+        )
+
+    def fire(
+        self,
+        forward: OpenForward,
+        layer: MoELayer,
+        times: int,
+        shape: tuple[int, int] | None,
+        seen: Observed,
+    ) -> None:
+        """A block of the model ran, `times` before in this forward."""
+        info = layer.info if times == 0 else replace(layer.info, path=f"{layer.info.path} #{times}")
+        self.take(forward, (layer.block, times), info, layer.router, shape, seen)
+
+    def take(
+        self,
+        forward: OpenForward,
+        key: Key,
+        info: LayerInfo,
+        router: nn.Module | None,
+        shape: tuple[int, int] | None,
+        seen: Observed,
+    ) -> None:
+        """Check, describe and reduce what was seen of one layer.
+
+        Raises:
+            ValueError: What the user said of the step does not fit the batch.
+        """
+        ids = seen.expert_ids_TK
+        assert ids is not None
+        if wrong := _misshapen(info, seen):
+            forward.problem(f"{info.path}: {wrong}. Its routing cannot be recorded")
+            return
+        experts = info.experts + info.zero_experts
+        known = self.infos.get(key)
+        if known is None:
+            meaning = learn(seen, router, experts)
+            known = self._introduce(key, info, seen, meaning)
+        else:
+            meaning = self._meanings[known.layer]
+            if meaning is None:  # the forwards before had no usable token
+                meaning = learn(seen, router, experts)
+        self._meanings[known.layer] = meaning
+        batch = forward.batches.get(info.stream)
+        if batch is None:
+            batch = self._describe(forward, info.stream, shape, ids)
+            forward.batches[info.stream] = batch
+        if batch.size != len(ids):
+            forward.problem(
+                f"{info.path} routed {len(ids)} tokens, but the forward has {batch.size} "
+                f"({info.stream}). Its routing cannot be recorded"
+            )
+            return
+        numbers = reduce(seen, batch, meaning, experts, logits=self._keep_logits)
+        forward.layers.append(
+            Seen(
+                known.layer,
+                info.stream,
+                len(ids),
+                known.top_k,
+                seen.capacity,
+                seen.capacity_groups,
+                *numbers,
+            )
+        )
+
+    def _introduce(
+        self, key: Key, info: LayerInfo, seen: Observed, meaning: Semantics | None
+    ) -> LayerInfo:
+        """A layer is seen for the first time: its number is its place in the order of calls."""
+        assert seen.expert_ids_TK is not None
+        known = replace(info, layer=len(self.infos), top_k=seen.expert_ids_TK.shape[1])
+        if meaning is not None:
+            known = replace(
+                known,
+                score=meaning.score,
+                selection=meaning.selection,
+                normalised=meaning.normalised,
+                selection_bias="bias" in (meaning.selection or ""),
+            )
+        self.infos[key] = known
+        infos = list(self.infos.values())
+        self._edit(lambda meta: setattr(meta, "layers", infos))
+        return known
+
+    def _describe(
+        self, forward: OpenForward, stream: str, shape: tuple[int, int] | None, ids: Tensor
+    ) -> Batch:
+        B, S = batch_shape(forward.inputs, stream, shape, len(ids), self._layout)
+        decoder = stream == "decoder"
+        mask = forward.inputs.get("decoder_attention_mask" if decoder else "attention_mask")
+        positions = forward.inputs.get("position_ids")
+
+        def keeps(sequences: NDArray[np.int64]) -> NDArray[np.bool_]:
+            return self._sampling.keeps(forward.step, sequences)
+
+        return self._describer.describe(
+            (B, S),
+            forward.context,
+            padding=padding_from_mask(mask, B, S),
+            positions=positions if isinstance(positions, Tensor) else None,
+            past=0 if stream == "encoder" else cached_positions(forward.inputs),
+            continues=forward.phase == "decode" or bool(forward.batches),
+            keeps=keeps,
+            device=ids.device,
+        )
+
+    def _admit(self, tag: str) -> str:
+        """The tag itself, or `other` once there are too many."""
+        if tag in self._tags:
+            return tag
+        if len(self._tags) >= MAX_TAGS:
+            self._warn(
+                f"more than {MAX_TAGS} tags: further ones are counted as '{OTHER}'. Slice finer "
+                "through record(keys=[...]) and the table `sequences`"
+            )
+            return OTHER
+        self._tags.append(tag)
+        tags = list(self._tags)
+        self._edit(lambda meta: setattr(meta, "tags", tags))
+        return tag
+
+
+def _misshapen(info: LayerInfo, seen: Observed) -> str | None:
+    """What is wrong with the shapes and types of what was seen, that no counting can mend."""
+    ids, weights = seen.expert_ids_TK, seen.weights_TK
+    assert ids is not None
+    assert weights is not None
+    if ids.is_floating_point() or ids.dtype == torch.bool or ids.ndim != 2:
+        return f"expert ids are {ids.dtype} {list(ids.shape)}, not integers [T, K]"
+    if not weights.is_floating_point() or weights.shape != ids.shape:
+        return f"weights are {weights.dtype} {list(weights.shape)} for ids {list(ids.shape)}"
+    if info.top_k is not None and ids.shape[1] != info.top_k:
+        return f"{ids.shape[1]} choices per token, but the router is configured for {info.top_k}"
+    if seen.router_ids_TK is not None and seen.router_ids_TK.shape != ids.shape:
+        return (
+            f"the router chose {list(seen.router_ids_TK.shape)}, the experts got {list(ids.shape)}"
+        )
+    if seen.logits_TE is not None and len(seen.logits_TE) != len(ids):
+        return f"{len(seen.logits_TE)} rows of logits for {len(ids)} tokens"
+    return None

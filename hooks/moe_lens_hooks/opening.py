@@ -1,0 +1,115 @@
+"""Opening a trace for writing: the folder, the rank's lock, a fresh meta or a resumed one."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from moe_lens.errors import TraceError, TraceWriteError
+from moe_lens.trace import layout
+from moe_lens.trace.lock import RankLock
+from moe_lens.trace.meta import Attempt, Meta, read_meta
+from moe_lens.trace.recover import next_value, recover_rank
+
+
+@dataclass
+class Opened:
+    """A rank of a trace that this process may write, and where its numbers go on."""
+
+    lock: RankLock
+    meta: Meta
+    next_step: int = 0
+    next_window: int = 0
+    next_sequence: int = 0
+
+
+def open_for_writing(run: Path, fresh: Meta, *, resume: bool) -> Opened:
+    """Take the rank's lock; a dead writer's leftovers are sealed when resuming.
+
+    Raises:
+        TraceError: The folder holds something already and `resume` is off, or `resume` is on and
+            what it holds was recorded with other keys or weights.
+        TraceLocked: Another process writes this rank.
+        TraceWriteError: The folder cannot be made or written.
+    """
+    known = layout.meta_path(run, fresh.rank).exists()
+    if not resume and _occupied(run, fresh):
+        raise TraceError(
+            f"{run} is not empty. Record into a new folder, or pass resume=True to go on with the "
+            "trace that is in it."
+        )
+    try:
+        lock = RankLock(run, fresh.rank)
+    except OSError as e:
+        raise TraceWriteError(f"cannot write the trace {run}: {e}") from e
+    try:
+        if not known:
+            return Opened(lock, fresh)
+        return _resume(run, lock, fresh)
+    except BaseException:
+        lock.release()
+        raise
+
+
+def _resume(run: Path, lock: RankLock, fresh: Meta) -> Opened:
+    meta = read_meta(layout.meta_path(run, fresh.rank))
+    for name in ("keys", "weights"):
+        if getattr(meta, name) != getattr(fresh, name):
+            raise TraceError(
+                f"{run} was recorded with {name}={getattr(meta, name)!r}; it cannot be resumed "
+                f"with {getattr(fresh, name)!r}."
+            )
+    recover_rank(run, meta)
+    number = 1 + max((a.attempt for a in meta.attempts), default=-1)
+    meta.attempts.append(Attempt(number, time.time_ns()))
+    meta.sampling, meta.versions = fresh.sampling, fresh.versions
+    return Opened(
+        lock,
+        meta,
+        next_step=next_value(run, meta, "steps", "step"),
+        next_window=next_value(run, meta, "steps", "window"),
+        next_sequence=next_value(run, meta, "sequences", "sequence"),
+    )
+
+
+def _occupied(run: Path, fresh: Meta) -> bool:
+    """Something is there that is not of the other ranks of this launch."""
+    if run.exists() and not run.is_dir():
+        raise TraceError(f"{run} is a file; a trace is a folder.")
+    if not run.exists() or not any(run.iterdir()):
+        return False
+    others = layout.ranks(run)
+    if fresh.world == 1 or fresh.rank in others or not (others or (run / "_open").is_dir()):
+        return True
+    return any(read_meta(layout.meta_path(run, r)).run_id != fresh.run_id for r in others)
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's rank and the number of ranks, from torch.distributed; (0, 1) without it."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def run_id(world: int) -> str:
+    """One id for all ranks of a launch, found without talking to them."""
+    if world == 1:
+        return uuid.uuid4().hex
+    names = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
+    return "/".join(os.environ.get(n, "") for n in names)
+
+
+def versions() -> dict[str, str]:
+    """What ran: Python, torch, and the model library if it is loaded."""
+    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    for name in ("moe_lens", "transformers"):
+        if name in sys.modules:
+            found[name] = str(getattr(sys.modules[name], "__version__", "unknown"))
+    return found

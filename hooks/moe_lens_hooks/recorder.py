@@ -1,0 +1,454 @@
+"""`record`: from a model that runs to a trace on disk."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import time
+import warnings
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from moe_lens.errors import CaptureBreach, MoeLensError, TraceWriteError
+from moe_lens.trace.events import StepEnd
+from moe_lens.trace.meta import Attempt, LayerInfo, Meta
+from moe_lens.trace.schema import TABLES
+from moe_lens.trace.writer import TraceWriter
+from moe_lens_hooks.adapter import Adapter, Observed
+from moe_lens_hooks.adapters import all_adapters
+from moe_lens_hooks.batch import StepContext
+from moe_lens_hooks.capture import Capture, find_layers
+from moe_lens_hooks.forward import OpenForward
+from moe_lens_hooks.intake import Intake
+from moe_lens_hooks.losses import StagedLosses
+from moe_lens_hooks.opening import open_for_writing, rank_and_world, run_id, versions
+from moe_lens_hooks.sampling import Sampling, as_sampling
+from moe_lens_hooks.scalars import scalars_of
+from moe_lens_hooks.watch import Watch
+
+REMEDY = (
+    "Hooks do not fire in code that was compiled before they were attached (attach first, or call "
+    "torch._dynamo.reset()), in CUDA graphs replayed without Python, or in kernels that bypass the "
+    "module; see docs/hooks.md."
+)
+
+_live: weakref.WeakSet[Recorder] = weakref.WeakSet()
+
+
+class Recorder:
+    """Records every routing decision of a model into a trace, from construction to `close`.
+
+    Use it in a `with`, or call `close` yourself. What the model computes is not changed.
+
+    Args:
+        model: Any model in which an adapter finds MoE layers. None: only `log` is used.
+        path: Folder of the trace; new, empty, or with `resume=True` an existing trace.
+        tokens: Share of sequences (0 to 1) whose per-token rows are kept, or `every(n)`. Counts are
+            kept of every token whatever this says.
+        weights: "bf16" clears the low mantissa bits of stored gate weights (relative error at most
+            2**-8); "exact" stores float32 as the experts got them.
+        logits: Keep the router logits of the sampled tokens too.
+        token_ids: Keep the vocabulary ids of the sampled tokens (they spell out the text).
+        keys: Names of further columns of `sequences`, given per step by `step(keys=...)`.
+        layout: How the model flattens `[B, S]` tokens: "bs", or "sb" as Megatron does.
+        adapters: Asked before those that come with moe_lens.
+        max_bytes: Bound on the disk of this rank; the oldest per-token segments go first.
+        resume: Go on with the trace that is in `path`; a step that is recorded again supersedes
+            its earlier attempt.
+        on_breach: When an invariant of the capture fails: "raise" `CaptureBreach` at the end of a
+            step, or "warn" and count.
+        on_write_error: When the disk refuses: "raise" `TraceWriteError` at the end of a step, or
+            "warn", stop recording and let the model run on.
+        rank, world: Taken from torch.distributed where it is initialised.
+        coordinates: Index of this rank along dp, tp, cp, sp, ep, pp.
+        copy: Another rank sees the same tokens (tensor parallelism): readers leave this rank's
+            counts out of sums.
+
+    Raises:
+        NoMoELayers, UnsupportedRouter: Nothing to record, or nothing that can be seen.
+        CaptureBreach: Another recorder is attached to the model.
+        TraceError, TraceLocked, TraceWriteError: The folder cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None,
+        path: str | Path,
+        *,
+        tokens: float | Sampling = 0.01,
+        weights: Literal["bf16", "exact"] = "bf16",
+        logits: bool = False,
+        token_ids: bool = False,
+        keys: Sequence[str] = (),
+        layout: Literal["bs", "sb"] = "bs",
+        adapters: Sequence[Adapter] = (),
+        max_bytes: int | None = None,
+        resume: bool = False,
+        on_breach: Literal["raise", "warn"] = "raise",
+        on_write_error: Literal["raise", "warn"] = "raise",
+        rank: int | None = None,
+        world: int | None = None,
+        coordinates: dict[str, int] | None = None,
+        copy: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        self._layout = layout
+        taken = set(keys) & set(TABLES["sequences"].schema.names)
+        if taken or weights not in ("bf16", "exact"):
+            what = f"keys {sorted(taken)} are columns of moe_lens" if taken else f"{weights=}"
+            raise ValueError(f'{what}; choose other names, or weights="bf16" or "exact".')
+        layers = [] if model is None else find_layers(model, [*adapters, *all_adapters()])
+        own_rank, own_world = rank_and_world()
+        world = own_world if world is None else world
+        meta = Meta(
+            run_id=run_id(world),
+            rank=own_rank if rank is None else rank,
+            world=world,
+            coordinates=coordinates or {},
+            counts="copy" if copy else "own",
+            model=type(model).__name__ if model is not None else "",
+            sampling=str(as_sampling(tokens)),
+            weights=weights,
+            keys=list(keys),
+            attempts=[Attempt(0, time.time_ns())],
+            versions=versions(),
+        )
+        opened = open_for_writing(self.path, meta, resume=resume)
+        self._lock = opened.lock
+        try:
+            self._capture = Capture(
+                model, layers, self._begin, lambda *seen: self._intake.fire(*seen), self._end
+            )
+        except BaseException:
+            self._lock.release()
+            raise
+        try:
+            self._writer = TraceWriter(
+                self.path, opened.meta, first_window=opened.next_window, max_bytes=max_bytes
+            )
+        except OSError as e:
+            self._capture.detach()
+            self._lock.release()
+            raise TraceWriteError(f"cannot write the trace {self.path}: {e}") from e
+        self._layers = layers
+        self._context: StepContext | None = None
+        self._next_step, self._resumed = opened.next_step, opened.next_step > 0
+        self._forward = 0
+        self._forwards = 0
+        self._of_step: list[OpenForward] = []
+        self._last_step: list[OpenForward] = []
+        self._closed = False
+        self._watch = Watch(self._writer, on_breach, on_write_error, self._capture.detach)
+        self._intake = Intake(
+            model,
+            as_sampling(tokens),
+            layout,
+            opened.next_sequence,
+            opened.meta.tags,
+            keep_logits=logits,
+            keep_token_ids=token_ids,
+            edit=self._writer.edit,
+            warn=self._watch.warn,
+        )
+        _live.add(self)
+        atexit.register(self._at_exit)
+
+    # -- what users call -------------------------------------------------------------------------
+
+    @contextmanager
+    def step(
+        self,
+        tags: Any = None,
+        *,
+        sequences: Any = None,
+        padding: Any = None,
+        phase: str | None = None,
+        keys: dict[str, Sequence[Any]] | None = None,
+        number: int | None = None,
+    ) -> Iterator[None]:
+        """One step: an optimizer step, a request batch, an engine iteration.
+
+        Every forward of the model inside it belongs to it.
+
+        Args:
+            tags: The slice of the data: one value, one per sequence `[B]` (or packed sequence), or
+                one per token `[B, S]`. At most 32 distinct ones are told apart.
+            sequences: Request ids `[B]`, ids per token `[B, S]`, or cumulative lengths of packed
+                sequences `[0, …, B S]`. Unsaid: every row of every forward is a new sequence, but
+                decoding goes on with those before.
+            padding: True where padding `[B, S]`, or valid lengths `[B]`. Unsaid: from the
+                attention mask that the model is given.
+            phase: "train", "eval", "prefill", "decode" or a name of your own. Unsaid: from
+                `model.training` and the cache.
+            keys: Values `[B]` of the key columns that `record(keys=...)` declared.
+            number: Number of the step, where the caller counts; must grow. After `resume` the
+                first may go back, which supersedes what was recorded from there on.
+
+        Raises:
+            CaptureBreach, TraceWriteError: At its end; see `on_breach` and `on_write_error`.
+            ValueError: A value does not fit the batch (raised in the forward), or a number not
+                above the last.
+        """
+        if self._context is not None:
+            raise CaptureBreach("rec.step inside rec.step: end the first one before the next.")
+        if number is not None:
+            if number < self._next_step and not self._resumed:
+                raise ValueError(f"step number {number} must be at least {self._next_step}")
+            self._next_step = number
+        if unknown := set(keys or ()) - set(self._writer.meta.keys):
+            raise ValueError(
+                f"keys {sorted(unknown)} were not declared; declare them: record(..., keys=[...])"
+            )
+        self._capture.end_implicit()
+        given = {name: list(values) for name, values in (keys or {}).items()}
+        self._context = StepContext(tags, sequences, padding, phase, given)
+        self._of_step, self._forward = [], 0
+        try:
+            yield
+        except BaseException:
+            self._end_step()
+            raise
+        ran = bool(self._of_step) or self._capture.current is not None
+        self._end_step()
+        if not ran and self._forwards == 0 and not self._closed:
+            self._watch.breach(
+                "a step ended in which the recorded model did not run, nor in any before it. "
+                + REMEDY
+            )
+        self._watch.check()
+
+    def loss(self, loss: Tensor) -> None:
+        """Losses of the last forward, in the user's unit (nats, if cross entropy).
+
+        Args:
+            loss: `[B, S]` or `[B, S - 1]`, the loss of the prediction made at each position (NaN
+                where there is none), or `[B]`, a sequence's mean over its valid tokens.
+
+        Raises:
+            ValueError: Another shape.
+            CaptureBreach: No forward has run.
+        """
+        last = self._last_forward()
+        stream = "decoder" if "decoder" in last.batches else next(iter(last.batches), None)
+        if stream is None:
+            raise CaptureBreach("rec.loss: the last forward routed nothing that could be recorded")
+        if not self._writer.failed:
+            self._writer.put(StagedLosses(loss, last.batches[stream], self._layout))
+
+    def log(
+        self,
+        layer: int | str,
+        expert_ids: Tensor,
+        weights: Tensor,
+        logits: Tensor | None = None,
+        *,
+        experts: int | None = None,
+        kept: Tensor | None = None,
+        capacity: int | None = None,
+    ) -> None:
+        """Record the routing of a layer by hand, for a router that no adapter sees.
+
+        Inside a forward of the recorded model it belongs to that forward; otherwise the calls of
+        one step, or until a layer comes again, make one.
+
+        Args:
+            layer: A name or number, the same for the layer each time.
+            expert_ids: int `[T, K]` or `[B, S, K]`: what the experts were given.
+            weights: float, same shape: gate weights.
+            logits: float `[T, E]` or `[B, S, E]`.
+            experts: E, where no logits tell.
+            kept: bool, shape of `expert_ids`: False where the expert was full.
+            capacity: Choices that one expert takes.
+
+        Raises:
+            ValueError: Shapes that disagree, or E neither given nor to be seen.
+        """
+        E = experts if experts is not None else (logits.shape[-1] if logits is not None else None)
+        if E is None:
+            raise ValueError("rec.log needs experts=E where no logits are given")
+        if expert_ids.shape != weights.shape or expert_ids.ndim not in (2, 3):
+            raise ValueError(
+                f"expert_ids {list(expert_ids.shape)} and weights {list(weights.shape)} must both "
+                "be [T, K] or [B, S, K]"
+            )
+        K = expert_ids.shape[-1]
+        shape = (expert_ids.shape[0], expert_ids.shape[1]) if expert_ids.ndim == 3 else None
+        key = (("log", layer), 0)
+        forward = self._capture.current
+        if forward is not None and forward.implicit and hash(key) in forward.entered:
+            self._capture.end_implicit()
+        forward = self._capture.implicit()
+        forward.expected += 1
+        forward.entered[hash(key)] = 1
+        seen = Observed(
+            expert_ids.reshape(-1, K),
+            weights.reshape(-1, K),
+            None if logits is None else logits.reshape(-1, E),
+            kept_TK=None if kept is None else kept.reshape(-1, K),
+            capacity=capacity,
+        )
+        policy = None if kept is None else "unknown"
+        info = LayerInfo(-1, str(layer), E, K, adapter="rec.log", capacity_policy=policy)
+        with torch.no_grad():
+            self._intake.take(forward, key, info, None, shape, seen)
+
+    def flush(self) -> None:
+        """Return when everything before, open windows included, would survive `kill -9`.
+
+        Raises:
+            CaptureBreach, TraceWriteError: As at the end of a step.
+        """
+        if self._context is None:
+            self._capture.end_implicit()
+        if self._writer.failed is None and not self._closed:
+            try:
+                self._writer.flush()
+            except TraceWriteError:
+                if self._watch.raise_write_error:
+                    raise
+        self._watch.check()
+
+    def scalars(self) -> dict[str, float]:
+        """At most ten numbers per layer of the last step, for a logger: `moe/layer0/entropy`, ….
+
+        Waits for the step's numbers, where they are still on a device.
+        """
+        return scalars_of(f.resolve() for f in self._last_step)
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Detach from the model, write everything, seal the trace. A second call does nothing.
+
+        Args:
+            error: What ended the recording early; noted in the trace, and no breach is raised over
+                it.
+
+        Raises:
+            CaptureBreach, TraceWriteError: As at the end of a step; a recording that saw no
+                forward at all is a breach too.
+        """
+        if self._closed:
+            return
+        if self._context is not None:
+            self._end_step()
+        self._capture.end_implicit()
+        self._capture.detach()
+        self._closed = True
+        atexit.unregister(self._at_exit)
+        if not self._forwards and error is None:
+            self._watch.breach(f"nothing was recorded into {self.path}. {REMEDY}")
+        self._mark_end(error)
+        try:
+            self._writer.close()
+        except TraceWriteError:
+            if error is None and self._watch.raise_write_error:
+                raise
+        finally:
+            self._lock.release()
+        if error is None:
+            self._watch.check()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self.close(error)
+
+    # -- what the hooks call ---------------------------------------------------------------------
+
+    def _begin(self, inputs: dict[str, Any], implicit: bool) -> OpenForward:
+        if self._context is None:
+            self._of_step, self._forward = [], 0
+        context = self._context or StepContext()
+        forward = self._intake.begin(self._next_step, self._forward, context, inputs, implicit)
+        self._forward += 1
+        return forward
+
+    def _end(self, forward: OpenForward) -> None:
+        self._forwards += 1
+        if not forward.expected:
+            forward.problem(
+                f"the model ran, but none of its {len(self._layers)} MoE blocks was entered. "
+                + REMEDY
+            )
+        forward.close()
+        self._of_step.append(forward)
+        if self._writer.failed is None:
+            self._writer.put(forward)
+        for text, n in forward.problems.items():
+            times = f" ({n})" if n > 1 else ""
+            self._watch.breach(f"step {forward.step}, forward {forward.forward}: {text}{times}")
+        if self._context is None:
+            self._end_step()
+            self._watch.check()
+
+    # -- the rest --------------------------------------------------------------------------------
+
+    def _end_step(self) -> None:
+        self._capture.end_implicit()
+        self._context = None
+        self._last_step, self._of_step = self._of_step, []
+        if self._last_step:
+            self._resumed = False
+            if not self._writer.failed:
+                self._writer.put(StepEnd(self._next_step))
+            self._next_step += 1
+
+    def _last_forward(self) -> OpenForward:
+        last = self._of_step or self._last_step
+        if not last:
+            raise CaptureBreach("rec.loss before any recorded forward: call it after the model ran")
+        return last[-1]
+
+    def _mark_end(self, error: BaseException | None) -> None:
+        entered = {id(block) for (block, _) in self._intake.infos if isinstance(block, nn.Module)}
+        never = [x.info.path for x in self._layers if id(x.block) not in entered]
+        if never and self._forwards:
+            self._watch.warn(f"{len(never)} MoE blocks never ran, {never[0]} first")
+        if self._capture.aborted:
+            self._watch.count("forwards that an exception ended", self._capture.aborted)
+
+        def change(meta: Meta) -> None:
+            meta.never_entered = never
+            last = meta.attempts[-1]
+            last.end = "closed" if error is None else "failed"
+            last.error = None if error is None else f"{type(error).__name__}: {error}"
+            last.ended_ns = time.time_ns()
+
+        self._writer.edit(change)
+
+    def _at_exit(self) -> None:
+        """The interpreter ends and nobody closed the recorder."""
+        try:
+            self.close()
+        except MoeLensError as e:
+            warnings.warn(f"while closing {self.path} at exit: {e}", stacklevel=1)
+
+    def _forget(self) -> None:
+        """In a forked child: the writer's thread is not here, and the trace is the parent's."""
+        self._closed = True
+        self._capture.detach()
+        atexit.unregister(self._at_exit)
+
+
+def _forget_all() -> None:
+    for recorder in list(_live):
+        recorder._forget()
+
+
+os.register_at_fork(after_in_child=_forget_all)
+
+
+record = Recorder
+"""`with moe_lens.record(model, path) as rec:` — see `Recorder`."""

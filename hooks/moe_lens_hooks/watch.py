@@ -1,0 +1,85 @@
+"""What went wrong while recording, told to the user at the end of a step, once."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Literal
+
+from moe_lens.errors import CaptureBreach
+from moe_lens.trace.meta import Meta
+from moe_lens.trace.writer import TraceWriter
+
+OnTrouble = Literal["raise", "warn"]
+
+
+class Watch:
+    """Gathers breaches and the writer's failure; raises or warns as the user chose.
+
+    Args:
+        writer: Checks the invariants and may fail.
+        on_breach, on_write_error: "raise" or "warn".
+        stop: Called when the writer has failed and the model is to run on.
+    """
+
+    def __init__(
+        self,
+        writer: TraceWriter,
+        on_breach: OnTrouble,
+        on_write_error: OnTrouble,
+        stop: Callable[[], None],
+    ) -> None:
+        for name, value in (("on_breach", on_breach), ("on_write_error", on_write_error)):
+            if value not in ("raise", "warn"):
+                raise ValueError(f'{name}={value!r} must be "raise" or "warn"')
+        self._writer = writer
+        self._raise_breach = on_breach == "raise"
+        self.raise_write_error = on_write_error == "raise"
+        self._stop = stop
+        self._stopped = False
+        self._seen_here: list[str] = []
+        self._told: set[str] = set()
+
+    def breach(self, text: str) -> None:
+        """A breach seen on the model's thread; the writer will find it again in the forward."""
+        self._seen_here.append(text)
+
+    def check(self) -> None:
+        """Raise or warn of what is new.
+
+        Raises:
+            TraceWriteError: The disk refused.
+            CaptureBreach: An invariant failed.
+        """
+        if self._writer.failed is not None:
+            if self.raise_write_error:
+                raise self._writer.failed
+            if not self._stopped:
+                self._stopped = True
+                self._stop()
+                warnings.warn(str(self._writer.failed), stacklevel=4)
+        here, self._seen_here = self._seen_here, []
+        texts = here + [t for t in self._writer.take_breaches() if t not in self._told]
+        self._told.update(here)
+        if not texts:
+            return
+        more = f" … and {len(texts) - 3} more" if len(texts) > 3 else ""
+        message = "; ".join(texts[:3]) + more
+        if self._raise_breach:
+            raise CaptureBreach(message)
+        warnings.warn(message, stacklevel=4)
+
+    def count(self, text: str, n: int = 1) -> None:
+        """Note in the trace that something went wrong, without stopping."""
+
+        def change(meta: Meta) -> None:
+            meta.warnings[text] = meta.warnings.get(text, 0) + n
+
+        self._writer.edit(change)
+
+    def warn(self, text: str) -> None:
+        """Warn the first time, count every time."""
+        if text not in self._told:
+            self._told.add(text)
+            warnings.warn(text, stacklevel=4)
+        self.count(text)

@@ -1,0 +1,79 @@
+"""The command line: which subcommands there are, and how their errors end a process.
+
+Nothing heavy may be imported here or at the top of a command's file: `--help` must be quick.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from moe_lens.commands.demo import demo
+from moe_lens.commands.info import info
+from moe_lens.commands.query import query
+from moe_lens.commands.recover import recover
+from moe_lens.commands.report import report
+from moe_lens.errors import CommandError, MoeLensError
+
+app = typer.Typer(
+    name="moe-lens",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (demo, info, report, query, recover):
+    app.command()(command)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        import moe_lens
+
+        typer.echo(f"moe-lens {moe_lens.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version and exit.", callback=_show_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """See, query and replay the routing of Mixture-of-Experts models.
+
+    \b
+    moe-lens demo                             watch a small MoE language model learn
+    moe-lens report traces/run1               where its tokens went
+    moe-lens query traces/run1 "from load"    ask anything in SQL
+    """  # noqa: D301  (\b keeps the lines as they are)
+
+
+def main() -> None:
+    """Run the command line and end the process.
+
+    Exit codes: 0 fine, 1 an error of ours or a reader that hung up, 2 wrong usage, 130 Ctrl-C.
+    """
+    try:
+        try:
+            app(prog_name="moe-lens")
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # `moe-lens query … | head` hung up. Python flushes once more at exit: let that succeed.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except OSError as e:
+        sys.stderr.write(f"error: {e.filename or 'the disk'}: {e.strerror or e}\n")
+        sys.exit(1)
+    except MoeLensError as e:
+        sys.stderr.write(f"error: {e}\n")
+        sys.exit(e.exit_code if isinstance(e, CommandError) else 1)

@@ -1,0 +1,43 @@
+"""`moe-lens report`: a page about a run, in the terminal."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from moe_lens.commands.arguments import Phase, Runs, SkipDamaged
+
+
+def report(
+    run: Runs,
+    phase: Phase = None,
+    width: Annotated[
+        int | None, typer.Option(help="Columns; default: the terminal's, or 100 in a pipe.", min=40)
+    ] = None,
+    skip_damaged: SkipDamaged = False,
+) -> None:
+    """Where the tokens went: load, drops, router entropy, dead experts, loss by tag.
+
+    \b
+    Examples:
+      moe-lens report traces/run1
+      moe-lens report traces/run1 --phase eval
+      moe-lens report traces/run1 --width 120 > report.txt
+    """  # noqa: D301  (\b keeps the lines as they are)
+    import sys
+
+    from rich.console import Console
+
+    from moe_lens.errors import CommandError
+    from moe_lens.queries.session import open_trace
+    from moe_lens.terminal.page import render
+
+    if width is None and not sys.stdout.isatty():
+        width = 100
+    with open_trace(run, skip_damaged=skip_damaged) as trace:
+        phases = {p for each in trace.info().runs for p in each.phases}
+        if phase is not None and phase not in phases:
+            there = ", ".join(sorted(phases)) or "none yet"
+            raise CommandError(f"No forward was of phase {phase!r}. Phases of this trace: {there}.")
+        render(trace, Console(width=width, highlight=False), phase)

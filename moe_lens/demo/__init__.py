@@ -1,0 +1,1 @@
+"""A small real MoE language model and the real text it learns from."""

@@ -1,0 +1,1 @@
+"""Questions asked of a trace: `session.Trace`, and one stored question a `.sql` file."""

@@ -1,0 +1,192 @@
+"""What a trace holds, at a glance: the answer of `Trace.info()`."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from moe_lens.trace.meta import LayerInfo
+    from moe_lens.trace.reader import RunFiles
+
+
+@dataclass
+class RunInfo:
+    """One run. Counts leave out ranks that are copies, and overtaken attempts."""
+
+    run: str
+    path: str
+    model: str
+    ranks: list[int]
+    missing_ranks: list[int]
+    layers: list[LayerInfo]
+    phases: list[str]
+    steps: int
+    first_step: int | None
+    last_step: int | None
+    forwards: int
+    """Forwards of the root module, summed over ranks."""
+    tokens: int
+    """Valid tokens, summed over ranks."""
+    padding_tokens: int
+    token_rows: int
+    """Rows of `tokens`: those kept one by one."""
+    sampling: str
+    weights: str
+    """Codec of the kept gate weights: bf16 or exact."""
+    lost_rows: int
+    breaches: int
+    fires_expected: int
+    fires_seen: int
+    attempts: int
+    ending: str | None
+    """closed, failed, recovered; None while a writer is at it, or died."""
+    unfinished: bool
+    last_write_seconds: float | None
+    """Age of the newest write to an open stream, seconds."""
+    bytes: dict[str, int] = field(default_factory=dict)
+    """Bytes on disk by table."""
+    warnings: dict[str, int] = field(default_factory=dict)
+    pruned: dict[str, int] = field(default_factory=dict)
+    """Rows removed by table, to keep within `max_bytes`."""
+    never_entered: list[str] = field(default_factory=list)
+    damaged: dict[str, str] = field(default_factory=dict)
+    """Segments left out, and why."""
+    error: str | None = None
+    """The exception that ended the recording."""
+
+    @property
+    def shape(self) -> str:
+        """Layers x experts x top-k in words; several where layers differ."""
+        kinds = Counter((x.experts, x.top_k) for x in self.layers)
+        parts = []
+        for (experts, top_k), n in kinds.items():
+            choice = "no fixed k" if top_k is None else f"top-{top_k}"
+            parts.append(f"{n} layer{'s' * (n != 1)} × {experts} experts × {choice}")
+        return ", ".join(parts) or "no MoE layers known"
+
+    @property
+    def state(self) -> str:
+        """Whether the recording has ended, and how."""
+        if self.unfinished:
+            age = self.last_write_seconds
+            when = "" if age is None else f", last written {age:,.0f} s ago"
+            return f"open{when} (if its writer died: moe-lens recover)"
+        return f"{self.ending or 'not started'}{f' ({self.error})' if self.error else ''}"
+
+    def lines(self) -> list[tuple[str, str]]:
+        """Labelled facts for people, without those that are empty."""
+        span = "" if self.first_step is None else f" ({self.first_step:,} to {self.last_step:,})"
+        disk = ", ".join(f"{table} {size(n)}" for table, n in sorted(self.bytes.items()))
+        facts = [
+            ("path", self.path),
+            ("model", self.model),
+            ("routers", self.shape),
+            ("state", self.state),
+            ("attempts", f"{self.attempts:,}" if self.attempts > 1 else ""),
+            ("ranks", f"{len(self.ranks):,}"),
+            ("missing ranks", ", ".join(map(str, self.missing_ranks))),
+            ("steps", f"{self.steps:,}{span}"),
+            ("forwards", f"{self.forwards:,}"),
+            ("phases", ", ".join(self.phases)),
+            ("tokens", f"{self.tokens:,} (and {self.padding_tokens:,} of padding)"),
+            ("token rows", f"{self.token_rows:,} (kept: {self.sampling}; {self.weights} weights)"),
+            ("lost rows", f"{self.lost_rows:,}"),
+            ("breaches", f"{self.breaches:,}"),
+            ("fires", f"{self.fires_seen:,} seen of {self.fires_expected:,} expected"),
+            ("disk", f"{size(sum(self.bytes.values()))}: {disk}" if disk else "0 bytes"),
+            ("pruned rows", ", ".join(f"{t} {n:,}" for t, n in self.pruned.items())),
+            ("never entered", ", ".join(self.never_entered)),
+            ("warnings", "; ".join(f"{text} ({n:,}×)" for text, n in self.warnings.items())),
+            ("damaged", "; ".join(f"{path}: {why}" for path, why in self.damaged.items())),
+        ]
+        return [(label, text) for label, text in facts if text]
+
+
+@dataclass
+class Info:
+    """What `Trace.info()` returns; prints as a page."""
+
+    runs: list[RunInfo]
+
+    def __repr__(self) -> str:
+        blocks = []
+        for run in self.runs:
+            lines = run.lines()
+            width = max(len(label) for label, _ in lines)
+            blocks.append("\n".join([run.run] + [f"  {a.ljust(width)}  {b}" for a, b in lines]))
+        return "\n\n".join(blocks)
+
+
+def run_info(name: str, files: RunFiles, totals: Mapping[str, Any]) -> RunInfo:
+    """Put together what the files say and what the stored question `run_totals` counted."""
+    metas = list(files.metas.values())
+    last = files.meta.attempts[-1] if files.meta.attempts else None
+    layers = {x.layer: x for m in reversed(metas) for x in m.layers}
+    return RunInfo(
+        run=name,
+        path=str(files.path),
+        model=files.meta.model,
+        ranks=sorted(files.metas),
+        missing_ranks=files.missing_ranks,
+        layers=[layers[i] for i in sorted(layers)],
+        phases=sorted(filter(None, (totals["phases"] or "").split("\n")), key=phase_order),
+        first_step=totals["first_step"],
+        last_step=totals["last_step"],
+        sampling=files.meta.sampling,
+        weights=files.meta.weights,
+        attempts=max(len(m.attempts) for m in metas),
+        ending=last.end if last else None,
+        error=last.error if last else None,
+        unfinished=files.unfinished,
+        last_write_seconds=(
+            time.time() - files.last_write_ns / 1e9 if files.last_write_ns else None
+        ),
+        bytes=dict(files.bytes),
+        warnings=_total(m.warnings for m in metas),
+        pruned=_total(m.pruned for m in metas),
+        never_entered=list(dict.fromkeys(p for m in metas for p in m.never_entered)),
+        damaged={str(p): why for p, why in files.damaged.items()},
+        **{name: int(totals[name] or 0) for name in _COUNTED},
+    )
+
+
+_COUNTED = (
+    "steps",
+    "forwards",
+    "tokens",
+    "padding_tokens",
+    "token_rows",
+    "lost_rows",
+    "breaches",
+    "fires_expected",
+    "fires_seen",
+)
+
+
+def phase_order(phase: str) -> tuple[int, str]:
+    """Sort key: the four phases in the order of a model's life, then the user's own."""
+    known = ("train", "eval", "prefill", "decode")
+    return (known.index(phase) if phase in known else len(known), phase)
+
+
+def size(n: float) -> str:
+    """Bytes for people, in powers of 1,000."""
+    if n < 1000:
+        return f"{n:,.0f} bytes"
+    for unit in ("kB", "MB", "GB"):
+        n /= 1000
+        if n < 999.5:
+            return f"{n:.3g} {unit}"
+    return f"{n / 1000:,.3g} TB"
+
+
+def _total(counts: Any) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for each in counts:
+        total.update(each)
+    return dict(total)

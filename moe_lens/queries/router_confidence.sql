@@ -1,0 +1,42 @@
+-- How sure the router is, per layer and tag: means over valid tokens with finite logits.
+-- entropy is of the router's full distribution, in nats (0: certain; ln E: undecided), entropy_norm
+-- over ln E, zero-compute experts among them. margin is the k-th minus the next selection score, in
+-- the unit of that score (moe_layers.selection); zloss is the mean squared logsumexp of the logits.
+-- Null where a router has no such number.
+-- $first_step int = null: first step that counts
+-- $last_step int = null: last step that counts
+-- $phase text = null: only this phase
+-- $by_tag bool = true: one row per tag; false: all tags together, as tag 'all'
+with finite as (
+  select
+    run, layer, case when $by_tag then tag else 'all' end as tag,
+    nonfinite_tokens, cast(tokens - nonfinite_tokens as double) as tokens,
+    cast(entropy_sum as double) as entropy_sum, cast(margin_sum as double) as margin_sum,
+    cast(top1_prob_sum as double) as top1_prob_sum, cast(zloss_sum as double) as zloss_sum
+  from routers
+  where ($first_step is null or step >= $first_step)
+    and ($last_step is null or step <= $last_step)
+    and ($phase is null or phase = $phase)
+),
+summed as (
+  select
+    run, layer, tag,
+    cast(sum(tokens) as bigint) as tokens,
+    cast(sum(nonfinite_tokens) as bigint) as nonfinite_tokens,
+    sum(entropy_sum) / nullif(sum(case when entropy_sum is not null then tokens end), 0)
+      as entropy,
+    sum(margin_sum) / nullif(sum(case when margin_sum is not null then tokens end), 0) as margin,
+    sum(top1_prob_sum) / nullif(sum(case when top1_prob_sum is not null then tokens end), 0)
+      as top1_prob,
+    sum(zloss_sum) / nullif(sum(case when zloss_sum is not null then tokens end), 0) as zloss
+  from finite
+  group by run, layer, tag
+)
+select
+  s.run, s.layer, s.tag, s.tokens, s.nonfinite_tokens, s.entropy,
+  case when m.experts + m.zero_experts > 1 then s.entropy / ln(m.experts + m.zero_experts) end
+    as entropy_norm,
+  s.margin, s.top1_prob, s.zloss
+from summed as s
+left join moe_layers as m on m.run = s.run and m.layer = s.layer
+order by s.run, s.layer, s.tag

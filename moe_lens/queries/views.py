@@ -1,0 +1,128 @@
+"""The views of a session: one per table of the trace, plus `moe_layers` and `runs`.
+
+Data comes from `trace.reader` (files and open streams of one or several runs) and goes into an
+in-memory DuckDB. This is the one place where SQL is put together in Python, since DDL takes no
+parameters. What varies in it is paths and names of runs, always through `literal` or
+`path_literal`, and names of tables, which are ours.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+
+from moe_lens.errors import TraceError
+from moe_lens.queries.about import layers_table, runs_table
+from moe_lens.trace.reader import RunFiles, superseded_from
+from moe_lens.trace.schema import Table, with_keys
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+_RANK = r"'rank=(\d+)/seg-\d+\.parquet$'"
+
+
+def create_views(con: duckdb.DuckDBPyConnection, runs: Mapping[str, RunFiles]) -> list[str]:
+    """Create or replace the views over these runs (by name) and return the views' names.
+
+    Raises:
+        TraceError: A segment passed the reader's look at its ends, and still cannot be read.
+    """
+    superseded = _superseded(runs)
+    _register(con, "_superseded", superseded)
+    keys = dict.fromkeys(k for files in runs.values() for m in files.metas.values() for k in m.keys)
+    tables = with_keys(tuple(keys))
+    for table in tables.values():
+        _register(con, f"_open_{table.name}", _open_rows(table, runs))
+        try:
+            con.execute(_view(table, runs, overtaken=superseded.num_rows > 0))
+        except duckdb.Error as e:
+            raise TraceError(f"{_places(runs)}: table {table.name} cannot be read: {e}") from e
+    for name, rows in (("moe_layers", layers_table(runs)), ("runs", runs_table(runs))):
+        _register(con, f"_{name}", rows)
+        con.execute(f"create or replace view {name} as select * from _{name}")  # noqa: S608
+    return [*tables, "moe_layers", "runs"]
+
+
+def literal(text: str) -> str:
+    """A SQL string."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def path_literal(path: str) -> str:
+    """A SQL string that DuckDB takes as this very file, whatever it is named.
+
+    DuckDB globs even in a list of files: `run[1]` would also read `run1`. A character class of one
+    character is that character.
+    """
+    return literal(re.sub(r"[\[*?]", lambda m: f"[{m[0]}]", path))
+
+
+def _view(table: Table, runs: Mapping[str, RunFiles], *, overtaken: bool) -> str:
+    # The open rows come first: they carry every column of the schema, so that a table without a
+    # file is an empty view with the right columns, in the right order.
+    parts = [f"select * from _open_{table.name}"]  # noqa: S608
+    for name, files in runs.items():
+        segments = files.segments.get(table.name, {})
+        ranks = files.ranks(table.name)
+        paths = [str(p.absolute()) for rank in ranks for p in segments.get(rank, [])]
+        if paths:
+            parts.append(
+                f"select {literal(name)} as run, "  # noqa: S608
+                f"cast(regexp_extract(filename, {_RANK}, 1) as integer) as rank, * "
+                f"from read_parquet([{', '.join(map(path_literal, paths))}], "
+                # A folder of the user's named x=y above the run must not become a column.
+                "union_by_name = true, hive_partitioning = false)"
+            )
+    body = "\nunion all by name\n".join(parts)
+    if overtaken and any(c.name == "step" for c in table.columns):
+        body = (
+            f"select * from ({body}) as t where not exists ("  # noqa: S608
+            "select 1 from _superseded s where s.run = t.run and s.rank = t.rank "
+            "and s.attempt = t.attempt and t.step >= s.step)"
+        )
+    return f"create or replace view {table.name} as\n{body}"
+
+
+def _open_rows(table: Table, runs: Mapping[str, RunFiles]) -> pa.Table:
+    """Rows of the table's open streams, with `run` and `rank`; typed where there are none, too."""
+    shape = pa.schema([("run", pa.string()), ("rank", pa.int32()), *table.schema])
+    parts = [shape.empty_table()]
+    for name, files in runs.items():
+        streams = files.streams.get(table.name, {})
+        for rank in files.ranks(table.name):
+            if rank in streams:
+                rows = streams[rank]
+                where = pa.DictionaryArray.from_arrays(np.zeros(rows.num_rows, np.int8), [name])
+                rows = rows.add_column(0, "run", where.cast(pa.string()))
+                rows = rows.add_column(1, "rank", pa.array(np.full(rows.num_rows, rank, np.int32)))
+                parts.append(rows)
+    return pa.concat_tables(parts, promote_options="permissive")
+
+
+def _superseded(runs: Mapping[str, RunFiles]) -> pa.Table:
+    rows = list(_superseded_rows(runs))
+    schema = pa.schema(
+        [("run", pa.string()), ("rank", pa.int32()), ("attempt", pa.int32()), ("step", pa.int64())]
+    )
+    return pa.Table.from_pylist(rows, schema)
+
+
+def _superseded_rows(runs: Mapping[str, RunFiles]) -> Iterator[dict[str, str | int]]:
+    for name, files in runs.items():
+        for rank, meta in files.metas.items():
+            for attempt, step in superseded_from(meta).items():
+                yield {"run": name, "rank": rank, "attempt": attempt, "step": step}
+
+
+def _register(con: duckdb.DuckDBPyConnection, name: str, rows: pa.Table) -> None:
+    con.unregister(name)
+    con.register(name, rows)
+
+
+def _places(runs: Mapping[str, RunFiles]) -> str:
+    return ", ".join(str(files.path) for files in runs.values())

@@ -1,0 +1,1 @@
+"""The page that `moe-lens report` prints: answers in, rich renderables out."""

@@ -1,0 +1,85 @@
+"""What a page shows of one run, asked once of the trace."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from moe_lens.queries.info import RunInfo, phase_order
+
+if TYPE_CHECKING:
+    from moe_lens.queries.session import Trace
+
+Rows = list[dict[str, Any]]
+
+HOTTEST = 5
+
+
+@dataclass
+class Answers:
+    """Rows of stored questions, of one run and one choice of phase."""
+
+    info: RunInfo
+    phase: str | None
+    load: Rows
+    balance: Rows
+    confidence: Rows
+    """All tags together."""
+    drops: dict[str, Rows]
+    """By phase, all tags together."""
+    hottest: Rows
+    losses: Rows
+    health: Rows
+    hottest_by: str = field(default="lift")
+
+    @property
+    def phases(self) -> list[str]:
+        return [self.phase] if self.phase else self.info.phases
+
+    @property
+    def tags(self) -> list[str]:
+        return list(dict.fromkeys(row["tag"] for row in self.losses))
+
+
+def gather(trace: Trace, phase: str | None = None) -> list[Answers]:
+    """Ask all questions of a page; one `Answers` a run."""
+    infos = trace.info().runs
+    phases = [phase] if phase else sorted({p for i in infos for p in i.phases}, key=phase_order)
+    load = trace.query("expert_load", phase=phase).rows()
+    balance = trace.query("layer_balance", phase=phase).rows()
+    confidence = trace.query("router_confidence", phase=phase, by_tag=False).rows()
+    losses = trace.query("loss_by_tag", phase=phase).rows()
+    health = trace.query("capture_health", phase=phase).rows()
+    drops = {p: trace.query("dropped_tokens", phase=p, by_tag=False).rows() for p in phases}
+    # A lift compares tags: with one there is nothing to compare, and the share is what there is.
+    tags = {i.run: {row["tag"] for row in of(losses, i.run)} for i in infos}
+    by = {run: "lift" if len(found) > 1 else "share" for run, found in tags.items()}
+    hottest = {
+        ranking: trace.query("hottest_experts", phase=phase, by=ranking, top=HOTTEST).rows()
+        for ranking in set(by.values())
+    }
+    return [
+        Answers(
+            info=info,
+            phase=phase,
+            load=of(load, info.run),
+            balance=of(balance, info.run),
+            confidence=of(confidence, info.run),
+            drops={p: of(rows, info.run) for p, rows in drops.items() if of(rows, info.run)},
+            hottest=of(hottest[by[info.run]], info.run),
+            losses=of(losses, info.run),
+            health=of(health, info.run),
+            hottest_by=by[info.run],
+        )
+        for info in infos
+    ]
+
+
+def of(rows: Rows, run: str) -> Rows:
+    """The rows of one run."""
+    return [row for row in rows if row["run"] == run]
+
+
+def total(rows: Rows, column: str) -> int:
+    """Sum of a count over rows."""
+    return sum(row[column] or 0 for row in rows)

@@ -1,0 +1,67 @@
+"""A row a layer: how sure its router is, and how evenly it loads its experts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from moe_lens.terminal.grid import NARROW, add_numbers, notes, table
+from moe_lens.terminal.numbers import NONE, count, decimal
+
+if TYPE_CHECKING:
+    from moe_lens.terminal.answers import Answers
+
+
+def balance(answers: Answers, width: int) -> RenderableType:
+    """The table, and what its columns mean."""
+    wide = width >= NARROW
+    confidence = {row["layer"]: row for row in answers.confidence}
+    made = table("layer", tight=not wide)
+    add_numbers(made, "tokens", "router\nentropy", *(["top-1\nprob"] if wide else []))
+    add_numbers(made, "load\nentropy", "effective\nexperts", "max/\nmean", "by\nchance")
+    add_numbers(made, "dead", "dormant")
+    for row in answers.balance:
+        sure = confidence.get(row["layer"], {})
+        made.add_row(
+            f"{row['layer']}",
+            count(row["tokens"]),
+            decimal(sure.get("entropy_norm")),
+            *([decimal(sure.get("top1_prob"))] if wide else []),
+            decimal(row["load_entropy_norm"], 3),
+            _of(row["effective_experts"], row["experts"]),
+            decimal(row["max_over_mean"]),
+            decimal(row["max_over_mean_floor"]),
+            _alarm(row["dead_experts"]),
+            _alarm(row["dormant_experts"]),
+        )
+    return Group(made, notes(*_explained(answers)))
+
+
+def _explained(answers: Answers) -> list[str]:
+    texts = [
+        "Entropies run from 0 to 1 (over ln E): router, of its distribution per token; load, of "
+        "the tokens over experts. by chance: the max/mean that a router without favourites would "
+        "show. dormant: below 10 % of the fair share, dead ones among them."
+    ]
+    if all(row.get("entropy") is None for row in answers.confidence):
+        texts.append("No router entropy was recorded: these routers have no distribution to show.")
+    few = [row for row in answers.balance if row["dead_experts"] is None and row["tokens"]]
+    if few:
+        needed = max(row["tokens_needed"] or 0 for row in few)
+        texts.append(
+            f"{NONE} under dead: too few tokens to tell a dead expert from chance; it takes "
+            f"{count(needed)}."
+        )
+    return texts
+
+
+def _of(value: float | None, whole: int) -> str:
+    return NONE if value is None else f"{value:.1f}/{whole}"
+
+
+def _alarm(experts: int | None) -> Text:
+    if experts is None:
+        return Text(NONE, style="dim")
+    return Text(count(experts), style="bold yellow" if experts else "")

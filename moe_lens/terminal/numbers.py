@@ -1,0 +1,52 @@
+"""Numbers for people: thousands separators, and no more digits than mean something."""
+
+from __future__ import annotations
+
+import math
+
+NONE = "–"
+
+
+def count(n: float | None) -> str:
+    """A whole number, as 12,345."""
+    return NONE if n is None else f"{n:,.0f}"
+
+
+def percent(share: float | None) -> str:
+    """A share of 1 in percent: 0 is exactly none, and a trace of something never shows as 0."""
+    if share is None or math.isnan(share):
+        return NONE
+    if share == 0:
+        return "0"
+    value = 100 * share
+    if value < 0.01:
+        return "<0.01 %"
+    return f"{value:.2f} %" if value < 10 else f"{value:.1f} %"
+
+
+def decimal(value: float | None, digits: int = 2) -> str:
+    """A fixed number of decimals."""
+    return NONE if value is None or math.isnan(value) else f"{value:,.{digits}f}"
+
+
+def times(ratio: float | None) -> str:
+    """A ratio, as 2.4×."""
+    if ratio is None or math.isnan(ratio):
+        return NONE
+    return f"{ratio:.0f}×" if ratio >= 99.5 else f"{ratio:.1f}×"
+
+
+def compact(n: float, width: int) -> str:
+    """A count in so few characters (3 or more): 950, 12k, 1.2M. Digits go before the unit does."""
+    if n < 999.5:
+        return f"{n:.0f}"
+    for unit in ("k", "M", "G", "T"):
+        n /= 1000
+        for digits in (1, 0):
+            text = f"{n:.{digits}f}{unit}"
+            if n < 999.5 and len(text) <= width:
+                # 400k in three characters is .4M
+                return text
+            if digits == 1 and n < 0.95 and len(text) - 1 <= width:
+                return text.removeprefix("0")
+    return ">" * width

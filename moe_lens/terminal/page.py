@@ -1,0 +1,103 @@
+"""The whole page: what `moe-lens report` prints, and the demo at its end."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from moe_lens.terminal.answers import Answers, gather
+from moe_lens.terminal.capacity import capacity
+from moe_lens.terminal.heading import heading
+from moe_lens.terminal.health import health
+from moe_lens.terminal.heatmap import HeatMap
+from moe_lens.terminal.layers import balance
+from moe_lens.terminal.tags import hottest, losses
+
+if TYPE_CHECKING:
+    from moe_lens.queries.session import Trace
+
+_INDENT = 2
+_SIDE_BY_SIDE = 160
+"""From so many columns on, tables stand in two columns."""
+
+
+def render(trace: Trace, console: Console, phase: str | None = None) -> None:
+    """Print a page for each run of the trace.
+
+    Args:
+        trace: An open trace.
+        console: Where to; its width and colours decide how things are drawn.
+        phase: Count this phase only (train, eval, prefill, decode).
+    """
+    for answers in gather(trace, phase):
+        _run(answers, console)
+
+
+def _run(answers: Answers, console: Console) -> None:
+    width = console.width - _INDENT
+    half = width // 2 - 2
+    where = f"phase {answers.phase}" if answers.phase else "all phases"
+    _print(console, Rule(Text(f"moe_lens · {answers.info.run}", style="bold"), align="left"))
+    _print(console, Padding.indent(heading(answers), _INDENT))
+    if not answers.balance:
+        _print(console, _section("Load", Text("No MoE layer is known yet.")))
+    elif width < _SIDE_BY_SIDE:
+        _print(
+            console,
+            _section(f"Choices by layer and expert ({where})", _load(answers)),
+            _section(f"Routers and balance by layer ({where})", balance(answers, width)),
+            _section("Capacity", *capacity(answers)),
+            _section("Hottest experts by tag", *hottest(answers, width)),
+            _section("Loss by tag", *losses(answers)),
+        )
+    else:
+        _print(
+            console,
+            _section(f"Choices by layer and expert ({where})", _load(answers)),
+            _beside(
+                _section(f"Routers and balance by layer ({where})", balance(answers, half)),
+                _section("Capacity", *capacity(answers)),
+                half,
+            ),
+            _beside(
+                _section("Hottest experts by tag", *hottest(answers, half)),
+                _section("Loss by tag", *losses(answers)),
+                half,
+            ),
+        )
+    _print(console, _section("Capture", health(answers)))
+
+
+def _load(answers: Answers) -> RenderableType:
+    if not any(row["routed"] for row in answers.load):
+        return Text("No valid token was routed.")
+    return HeatMap(answers.load)
+
+
+def _section(title: str, *parts: RenderableType) -> RenderableType:
+    return Group("", Text(title, style="bold"), *(Padding.indent(p, _INDENT) for p in parts))
+
+
+def _beside(left: RenderableType, right: RenderableType, half: int) -> Table:
+    grid = Table.grid(padding=(0, 4, 0, 0))
+    grid.add_column(width=half)
+    grid.add_column(width=half)
+    grid.add_row(left, right)
+    return grid
+
+
+def _print(console: Console, *parts: RenderableType) -> None:
+    """Print without the blanks with which rich fills lines: a piped page has none at line ends."""
+    for part in parts:
+        if console.is_terminal:
+            console.print(part)
+        else:
+            with console.capture() as captured:
+                console.print(part)
+            lines = (line.rstrip() for line in captured.get().splitlines())
+            console.file.write("".join(f"{line}\n" for line in lines))

@@ -1,0 +1,197 @@
+"""What capture hands to the trace writer: one `Forward` per forward of the root module.
+
+Everything is a numpy array on the host, so that hooks (torch), importers and generated traces feed
+the same writer. Suffixes: G tags of the forward, E experts, N rows kept, K choices per token,
+M runners-up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+Ids = NDArray[np.int32]
+Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+
+@dataclass(slots=True)
+class LayerRows:
+    """Per-token rows of one layer in one forward."""
+
+    token_N: Ids
+    expert_ids_NK: Ids
+    weights_NK: Floats
+    next_ids_NM: Ids | None = None
+    next_weights_NM: Floats | None = None
+    entropy_N: Floats | None = None
+    """NaN where a token has none."""
+    margin_N: Floats | None = None
+    """NaN where a token has none."""
+    dropped_NK: Bools | None = None
+    """True: no expert computed this slot."""
+    logits_NE: Floats | None = None
+
+    def __len__(self) -> int:
+        return len(self.token_N)
+
+
+@dataclass(slots=True)
+class LayerCounts:
+    """One MoE layer in one forward. Counts by (tag, expert) are of valid tokens only.
+
+    `routed` is what the router chose and `processed` what the experts were given to compute: two
+    observations, which the writer compares.
+    """
+
+    layer: int
+    tokens: int
+    padding_tokens: int
+    tokens_G: Ints
+    routed_GE: Ints
+    processed_GE: Ints
+    weight_sum_GE: Doubles
+    padding_GE: Ints | None = None
+    overflowed_GE: Ints | None = None
+    """None: the layer has no capacity, nothing can overflow."""
+    dropped_GE: Ints | None = None
+    rerouted_in_GE: Ints | None = None
+    unserved_G: Ints | None = None
+    nonfinite_G: Ints | None = None
+    prob_sum_GE: Doubles | None = None
+    entropy_sum_G: Doubles | None = None
+    margin_sum_G: Doubles | None = None
+    top1_prob_sum_G: Doubles | None = None
+    zloss_sum_G: Doubles | None = None
+    received_GE: Ints | None = None
+    capacity: int | None = None
+    """Choices one expert takes in one capacity group; None: dropless."""
+    capacity_groups: int = 1
+    """Capacity groups in this forward (sequences, where each has its own)."""
+    top_k: int | None = None
+    """Choices per token that must add up; None: dynamic."""
+    expert_choice: bool = False
+    problems: dict[str, int] = field(default_factory=dict)
+    """What capture itself found wrong, and for how many values."""
+    rows: LayerRows | None = None
+
+
+@dataclass(slots=True)
+class TokenRows:
+    """The tokens behind the per-token rows of one stream."""
+
+    stream: str
+    token_N: Ids
+    sequence_N: Ints
+    position_N: Ids
+    padding_N: Bools
+    tag_N: Ids
+    """Index into the forward's tags."""
+    token_id_N: Ids | None = None
+
+
+@dataclass(slots=True)
+class SequenceRow:
+    """A sequence of which per-token rows are kept, the first time it is seen."""
+
+    sequence: int
+    tag: str
+    request: str | None = None
+    keys: dict[str, str | None] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Forward:
+    """One forward of the root module, with everything that was seen in it."""
+
+    step: int
+    forward: int
+    phase: str
+    t_start_ns: int
+    tags: list[str]
+    tokens_G: Ints
+    sequences_G: Ints
+    padding_tokens: int = 0
+    host_ns: int = 0
+    device_ns: int | None = None
+    layers: list[LayerCounts] = field(default_factory=list)
+    tokens: list[TokenRows] = field(default_factory=list)
+    sequences: list[SequenceRow] = field(default_factory=list)
+    sampled: bool = False
+    fires_expected: int = 0
+    fires_seen: int = 0
+    problems: dict[str, int] = field(default_factory=dict)
+    lost_rows: int = 0
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that the per-token rows hold in memory."""
+        parts: list[Any] = [x.rows for x in self.layers if x.rows is not None] + list(self.tokens)
+        return sum(
+            v.nbytes for p in parts for s in p.__slots__ if hasattr(v := getattr(p, s), "nbytes")
+        )
+
+    def drop_rows(self) -> None:
+        """Give up the per-token rows, all of them, and say how many."""
+        self.lost_rows += sum(len(x.rows) for x in self.layers if x.rows is not None)
+        self.forget_rows()
+
+    def forget_rows(self) -> None:
+        """Let go of the memory of the per-token rows."""
+        for layer in self.layers:
+            layer.rows = None
+        self.tokens, self.sequences = [], []
+
+    def resolve(self) -> Forward:
+        return self
+
+
+@dataclass(slots=True)
+class Losses:
+    """Losses of the last forward, given after it."""
+
+    tags: list[str]
+    loss_sum_G: Doubles
+    loss_tokens_G: Ints
+    sequence_N: Ints
+    position_N: Ids | None
+    """None: one loss for each whole sequence."""
+    loss_N: Floats
+
+    def resolve(self) -> Losses:
+        return self
+
+
+@dataclass(slots=True)
+class StepEnd:
+    """The user's step is over: a window of training closes with it."""
+
+    step: int
+
+    def resolve(self) -> StepEnd:
+        return self
+
+
+class Staged(Protocol):
+    """An event whose numbers may still be on their way from a device."""
+
+    def resolve(self) -> Forward | Losses | StepEnd:
+        """Wait for the numbers; called on the writer's thread."""
+        ...
+
+
+@runtime_checkable
+class StagedForward(Protocol):
+    """A forward on its way: its rows can be given up before they arrive."""
+
+    lost_rows: int
+
+    @property
+    def row_bytes(self) -> int: ...
+    def drop_rows(self) -> None: ...
+    def resolve(self) -> Forward: ...

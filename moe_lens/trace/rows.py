@@ -1,0 +1,189 @@
+"""Per-token rows and one row per forward, as tables of the format."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from moe_lens.trace.events import Forward, LayerCounts, LayerRows, Losses
+from moe_lens.trace.gather import lists
+from moe_lens.trace.rounding import BF16_BITS, keep_mantissa
+from moe_lens.trace.schema import TABLES, Table
+from moe_lens.trace.windows import as_table
+
+
+def step_row(forward: Forward, attempt: int, window: int, breaches: int) -> pa.Table:
+    """The row of `steps` for one forward."""
+    names = ("step", "forward", "phase", "t_start_ns", "host_ns", "device_ns", "padding_tokens")
+    more = ("sampled", "lost_rows", "fires_expected", "fires_seen")
+    columns = {n: [getattr(forward, n)] for n in (*names, *more)}
+    tokens = [int(forward.tokens_G.sum())]
+    own = {"attempt": [attempt], "window": [window], "tokens": tokens, "breaches": [breaches]}
+    return as_table("steps", columns | own)
+
+
+def routing_tables(forward: Forward, attempt: int, *, exact: bool) -> list[pa.Table]:
+    """The rows of `routing`, layer by layer: one table for each run of layers of one shape."""
+    groups: list[list[LayerCounts]] = []
+    for x in sorted(forward.layers, key=lambda x: x.layer):
+        if x.rows is None or len(x.rows) == 0:
+            continue
+        if not groups or _shape(groups[-1][-1].rows) != _shape(x.rows):
+            groups.append([])
+        groups[-1].append(x)
+    return [_routing(forward, attempt, group, exact=exact) for group in groups]
+
+
+def _shape(rows: LayerRows | None) -> tuple[Any, ...]:
+    """What must agree for the rows of two layers to stand in one array."""
+    assert rows is not None
+    parts = (rows.next_ids_NM, rows.next_weights_NM, rows.entropy_N, rows.margin_N)
+    present = tuple(p is None for p in (*parts, rows.dropped_NK))
+    runners = None if rows.next_ids_NM is None else rows.next_ids_NM.shape[1]
+    return rows.expert_ids_NK.shape[1], runners, present
+
+
+def _routing(forward: Forward, attempt: int, group: list[LayerCounts], *, exact: bool) -> pa.Table:
+    def gather(name: str) -> NDArray[Any] | None:
+        parts = [getattr(x.rows, name) for x in group]
+        if parts[0] is None:
+            return None
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    weights = gather("weights_NK")
+    next_ids, next_weights = gather("next_ids_NM"), gather("next_weights_NM")
+    entropy, margin, dropped = gather("entropy_N"), gather("margin_N"), gather("dropped_NK")
+    layers, rows = [x.layer for x in group], [len(x.rows or ()) for x in group]
+    n = sum(rows)
+    no_lists = pa.nulls(n, pa.list_(pa.int32()))
+    keep = (lambda x: x) if exact else (lambda x: keep_mantissa(x, BF16_BITS))
+    return as_table(
+        "routing",
+        _keys(forward, attempt, n)
+        | {
+            "layer": np.repeat(np.array(layers, np.int32), rows),
+            "token": gather("token_N"),
+            "expert_ids": lists(_not_none(gather("expert_ids_NK"))),
+            "weights": lists(keep(_not_none(weights))),
+            "next_ids": no_lists if next_ids is None else _runners(next_ids, next_ids),
+            "next_weights": pa.nulls(n, pa.list_(pa.float32()))
+            if next_weights is None or next_ids is None
+            else _runners(keep(next_weights), next_ids, next_weights),
+            "entropy": _optional(entropy, n),
+            "margin": _optional(margin, n),
+            "dropped": no_lists if dropped is None else _slots(dropped),
+        },
+    )
+
+
+def logit_tables(forward: Forward, attempt: int) -> list[pa.Table]:
+    """The rows of `logits`, a table per layer."""
+    out = []
+    for x in sorted(forward.layers, key=lambda x: x.layer):
+        if x.rows is None or x.rows.logits_NE is None or len(x.rows) == 0:
+            continue
+        n = len(x.rows)
+        columns = {
+            "layer": np.full(n, x.layer, np.int32),
+            "token": x.rows.token_N,
+            "logits": lists(keep_mantissa(x.rows.logits_NE, BF16_BITS)),
+        }
+        out.append(as_table("logits", _keys(forward, attempt, n) | columns))
+    return out
+
+
+def token_tables(forward: Forward, attempt: int) -> list[pa.Table]:
+    """The rows of `tokens`, a table per stream."""
+    out = []
+    for x in forward.tokens:
+        n = len(x.token_N)
+        columns = {
+            "stream": pa.repeat(pa.scalar(x.stream, pa.string()), n),
+            "token": x.token_N,
+            "sequence": x.sequence_N,
+            "position": x.position_N,
+            "padding": x.padding_N,
+            "tag": pa.array(forward.tags, pa.string()).take(pa.array(x.tag_N)),
+            "token_id": pa.nulls(n, pa.int32()) if x.token_id_N is None else x.token_id_N,
+        }
+        out.append(as_table("tokens", _keys(forward, attempt, n) | columns))
+    return out
+
+
+def sequence_table(forward: Forward, attempt: int, table: Table) -> pa.Table:
+    """The rows of `sequences`, with the user's key columns."""
+    rows = forward.sequences
+    n = len(rows)
+    columns: dict[str, Any] = _keys(forward, attempt, n) | {
+        "sequence": [r.sequence for r in rows],
+        "tag": [r.tag for r in rows],
+        "request": [r.request for r in rows],
+    }
+    for name in table.schema.names[len(TABLES["sequences"].columns) :]:
+        columns[name] = [r.keys.get(name) for r in rows]
+    arrays = [pa.array(columns[f.name], f.type) for f in table.schema]
+    return pa.Table.from_arrays(arrays, schema=table.schema)
+
+
+def outcome_table(losses: Losses, attempt: int) -> pa.Table:
+    """The rows of `outcomes` that losses make."""
+    n = len(losses.sequence_N)
+    position = losses.position_N
+    columns = {
+        "attempt": np.full(n, attempt, np.int32),
+        "sequence": losses.sequence_N,
+        "position": pa.nulls(n, pa.int32()) if position is None else position,
+        "kept": pa.nulls(n, pa.bool_()),
+        "loss": losses.loss_N,
+    }
+    return as_table("outcomes", columns)
+
+
+def _keys(forward: Forward, attempt: int, n: int) -> dict[str, Any]:
+    return {
+        "attempt": np.full(n, attempt, np.int32),
+        "step": np.full(n, forward.step, np.int64),
+        "forward": np.full(n, forward.forward, np.int32),
+    }
+
+
+def _optional(x_N: NDArray[Any] | None, n: int) -> pa.Array:
+    if x_N is None:
+        return pa.nulls(n, pa.float32())
+    return pa.array(keep_mantissa(x_N, BF16_BITS), from_pandas=True)  # NaN: null
+
+
+def _runners(
+    values_NM: NDArray[Any], ids_NM: NDArray[Any], like_NM: NDArray[Any] | None = None
+) -> pa.ListArray:
+    """Lists of runners-up; null where there is none (id below 0, or a weight that is NaN)."""
+    absent_N = np.asarray((ids_NM < 0).any(1))
+    if like_NM is not None:
+        absent_N |= np.isnan(like_NM).any(1)
+    if not absent_N.any():
+        return lists(values_NM)
+    here = values_NM[~absent_N]
+    k = values_NM.shape[1]
+    return _ragged(np.where(absent_N, 0, k), here.ravel(), absent_N)
+
+
+def _slots(mask_NK: NDArray[np.bool_]) -> pa.ListArray:
+    """Lists of the slots that are set; null where none is."""
+    at_n, slots = np.nonzero(mask_NK)
+    counts = np.bincount(at_n, minlength=len(mask_NK))
+    return _ragged(counts, slots.astype(np.int32), counts == 0)
+
+
+def _ragged(
+    lengths_N: NDArray[Any], values: NDArray[Any], null_N: NDArray[np.bool_]
+) -> pa.ListArray:
+    offsets = np.concatenate([[0], np.cumsum(lengths_N)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values), mask=pa.array(null_N))
+
+
+def _not_none(x: NDArray[Any] | None) -> NDArray[Any]:
+    assert x is not None
+    return x

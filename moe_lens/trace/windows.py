@@ -1,0 +1,267 @@
+"""Windows of counts: what one or many forwards saw, summed, and then laid into table rows.
+
+A forward stands alone wherever a capacity applies or it makes at least as many choices as there
+are experts; small ones of one phase (decoding) share a window for about a second.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from moe_lens.trace.events import Doubles, Forward, Ints, LayerCounts, Losses
+from moe_lens.trace.rounding import SUM_BITS, keep_mantissa
+from moe_lens.trace.schema import TABLES
+
+SHARED_SECONDS = 1.0
+
+_SUMMED = [f.name for f in fields(LayerCounts) if f.name.endswith(("_G", "_GE"))]
+
+
+def stands_alone(forward: Forward) -> bool:
+    """The counts of this forward must not be summed with those of another."""
+    return forward.phase == "train" or any(
+        x.capacity is not None or x.tokens * (x.top_k or 1) >= x.routed_GE.shape[1]
+        for x in forward.layers
+    )
+
+
+class _LayerSum:
+    """One layer of a window: the counts, and what can only be known forward by forward."""
+
+    def __init__(self, counts: LayerCounts) -> None:
+        self.counts = counts
+        self.forwards = 0
+        self.max_load = self.max_load_expert = self.touched = 0
+
+    def note(self, counts: LayerCounts) -> None:
+        load_E = counts.processed_GE.sum(0)
+        top = int(load_E.argmax()) if len(load_E) else 0
+        if self.forwards == 0 or load_E[top] > self.max_load:
+            self.max_load, self.max_load_expert = int(load_E[top]), top
+        self.touched += int(np.count_nonzero(load_E))
+        self.forwards += 1
+
+
+class Window:
+    """Sums forwards; `tables` lays the sums into rows of load, layers, routers and slices."""
+
+    def __init__(self, number: int, attempt: int, forward: Forward) -> None:
+        self.number = number
+        self.attempt = attempt
+        self.step = forward.step
+        self.phase = forward.phase
+        self.alone = stands_alone(forward)
+        self.tags = list(forward.tags)
+        self._since = time.monotonic()
+        self._layers: dict[int, _LayerSum] = {}
+        self._tokens_G = np.zeros(len(self.tags), np.int64)
+        self._sequences_G = np.zeros(len(self.tags), np.int64)
+        self._loss_sum_G = np.zeros(len(self.tags))
+        self._loss_tokens_G = np.zeros(len(self.tags), np.int64)
+
+    def takes(self, forward: Forward) -> bool:
+        """Whether this forward may still be summed into this window."""
+        return (
+            not self.alone
+            and not self.expired()
+            and forward.phase == self.phase
+            and not stands_alone(forward)
+        )
+
+    def expired(self) -> bool:
+        return time.monotonic() - self._since > SHARED_SECONDS
+
+    def add(self, forward: Forward) -> None:
+        at_G = self._index(forward.tags)
+        self._tokens_G[at_G] += forward.tokens_G
+        self._sequences_G[at_G] += forward.sequences_G
+        for x in forward.layers:
+            if x.layer in self._layers:
+                _merge(self._layers[x.layer].counts, x, at_G, len(self.tags))
+            else:
+                # A shared window sums in place; the forward's own counts are not ours to change.
+                own = x if self.alone else _copy(x)
+                spread(own, at_G, len(self.tags))
+                self._layers[x.layer] = _LayerSum(own)
+            self._layers[x.layer].note(x)
+
+    def add_losses(self, losses: Losses) -> None:
+        at_G = self._index(losses.tags)
+        self._loss_sum_G[at_G] += losses.loss_sum_G
+        self._loss_tokens_G[at_G] += losses.loss_tokens_G
+
+    def _index(self, tags: list[str]) -> NDArray[np.int64]:
+        """Where a forward's tags stand among the window's, which grow by the new ones."""
+        new = [t for t in tags if t not in self.tags]
+        if new:
+            self.tags += new
+            for name in ("_tokens_G", "_sequences_G", "_loss_sum_G", "_loss_tokens_G"):
+                setattr(self, name, _grown(getattr(self, name), len(self.tags)))
+        return np.array([self.tags.index(t) for t in tags], np.int64)
+
+    def tables(self) -> dict[str, pa.Table]:
+        """The window as rows, by table name. Rows of layers are in the tables' sort order."""
+        sums = [self._layers[i] for i in sorted(self._layers)]
+        for s in sums:  # tags that came after a layer's last forward
+            spread(s.counts, np.arange(len(s.counts.tokens_G)), len(self.tags))
+        out = {"slices": self._slices()}
+        if sums:
+            out |= {"load": self._load(sums), "layers": self._layer_rows(sums)}
+            out["routers"] = self._routers(sums)
+        return out
+
+    def _load(self, sums: list[_LayerSum]) -> pa.Table:
+        counts = [s.counts for s in sums]
+        shape = [x.routed_GE.shape for x in counts]
+        size = [g * e for g, e in shape]
+        flat = {n: _flat(counts, f"{n}_GE", size) for n in _LOAD_COUNTS}
+        seen = np.zeros(sum(size), bool)
+        for name in ("routed", "processed", "padding", "prob_sum", "received"):
+            seen |= np.nan_to_num(flat[name]) != 0
+        at = np.flatnonzero(seen)
+        layer = np.repeat([x.layer for x in counts], size)[at]
+        tag = np.concatenate([np.repeat(np.arange(g), e) for g, e in shape])[at]
+        expert = np.concatenate([np.tile(np.arange(e), g) for g, e in shape])[at]
+        columns: dict[str, Any] = {n: flat[n][at] for n in _LOAD_COUNTS}
+        for name in ("prob_sum", "weight_sum"):
+            columns[name] = _nullable(keep_mantissa(columns[name], SUM_BITS))
+        received = columns.pop("received")
+        columns["received"] = pa.array(received, from_pandas=True).cast(pa.int64())
+        return self._rows("load", layer=layer, tag=self._tag(tag), expert=expert, **columns)
+
+    def _layer_rows(self, sums: list[_LayerSum]) -> pa.Table:
+        null = pa.nulls(len(sums), pa.int64())
+        return self._rows(
+            "layers",
+            layer=[s.counts.layer for s in sums],
+            forwards=[s.forwards for s in sums],
+            tokens=[s.counts.tokens for s in sums],
+            padding_tokens=[s.counts.padding_tokens for s in sums],
+            capacity=[s.counts.capacity for s in sums],
+            max_load=[s.max_load for s in sums],
+            max_load_expert=[s.max_load_expert for s in sums],
+            touched=[s.touched for s in sums],
+            dispatch_ns=null,
+            combine_ns=null,
+        )
+
+    def _routers(self, sums: list[_LayerSum]) -> pa.Table:
+        counts = [s.counts for s in sums]
+        size = [len(self.tags)] * len(sums)
+        flat = {n: _flat(counts, f"{n}_G", size) for n in (*_ROUTER_COUNTS, *_ROUTER_SUMS)}
+        at = np.flatnonzero(flat["tokens"])
+        layer = np.repeat([x.layer for x in counts], size)[at]
+        tag = np.tile(np.arange(len(self.tags)), len(sums))[at]
+        columns: dict[str, Any] = {n: flat[n][at] for n in _ROUTER_COUNTS}
+        columns |= {n: _nullable(flat[n][at]) for n in _ROUTER_SUMS}
+        return self._rows("routers", layer=layer, tag=self._tag(tag), **columns)
+
+    def _slices(self) -> pa.Table:
+        at = np.flatnonzero(self._tokens_G + self._loss_tokens_G)
+        given = self._loss_tokens_G[at]
+        return self._rows(
+            "slices",
+            tag=self._tag(at),
+            tokens=self._tokens_G[at],
+            sequences=self._sequences_G[at],
+            loss_sum=_nullable(np.where(given > 0, self._loss_sum_G[at], np.nan)),
+            loss_tokens=given,
+        )
+
+    def _tag(self, at: NDArray[np.int64]) -> pa.Array:
+        return pa.array(self.tags, pa.string()).take(pa.array(at))
+
+    def _rows(self, table: str, **columns: Any) -> pa.Table:
+        n = len(next(iter(columns.values())))
+        keys = {
+            "attempt": np.full(n, self.attempt, np.int32),
+            "window": np.full(n, self.number, np.int64),
+            "step": np.full(n, self.step, np.int64),
+            "phase": pa.repeat(pa.scalar(self.phase, pa.string()), n),
+        }
+        return as_table(table, keys | columns)
+
+
+_LOAD_COUNTS = (
+    *("routed", "processed", "overflowed", "dropped", "rerouted_in", "padding"),
+    *("prob_sum", "weight_sum", "received"),
+)
+_ROUTER_COUNTS = ("tokens", "unserved", "nonfinite")
+_ROUTER_SUMS = ("entropy_sum", "margin_sum", "top1_prob_sum", "zloss_sum")
+_RENAMED = {"unserved": "unserved_tokens", "nonfinite": "nonfinite_tokens"}
+_NULL_WHEN_UNSEEN = {"prob_sum", "received", *_ROUTER_SUMS}
+
+
+def as_table(name: str, columns: dict[str, Any]) -> pa.Table:
+    """Columns (arrays, by the schema's names) as a table of the format, cast to its types."""
+    schema = TABLES[name].schema
+    columns = {_RENAMED.get(k, k): v for k, v in columns.items()}
+    arrays = [
+        v.cast(f.type) if isinstance(v := columns[f.name], pa.Array) else pa.array(v, f.type)
+        for f in schema
+    ]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _flat(counts: list[LayerCounts], name: str, size: list[int]) -> NDArray[Any]:
+    """One array of all layers; where a layer has none: NaN if null means unseen, else 0."""
+    bare = name.rpartition("_")[0]
+    blank = np.nan if bare in _NULL_WHEN_UNSEEN else 0
+    parts = [
+        x.ravel() if (x := getattr(c, name)) is not None else np.full(n, blank)
+        for c, n in zip(counts, size, strict=True)
+    ]
+    whole = np.concatenate(parts)
+    return whole if blank != 0 or bare.endswith("_sum") else whole.astype(np.int64, copy=False)
+
+
+def _nullable(x: NDArray[Any]) -> pa.Array:
+    """NaN becomes null: the sum is not known for every token."""
+    return pa.array(x, from_pandas=True)
+
+
+def _grown(x: NDArray[Any], n: int) -> NDArray[Any]:
+    if len(x) == n:
+        return x
+    return np.concatenate([x, np.zeros((n - len(x), *x.shape[1:]), x.dtype)])
+
+
+def spread(x: LayerCounts, at_G: NDArray[np.int64], n: int) -> None:
+    """Lay the counts of a forward's tags out over the window's `n` tags, in place."""
+    if len(at_G) == n and (at_G == np.arange(n)).all():
+        return
+    for name in _SUMMED:
+        old: Ints | Doubles | None = getattr(x, name)
+        if old is not None:
+            new = np.zeros((n, *old.shape[1:]), old.dtype)
+            new[at_G] = old
+            setattr(x, name, new)
+
+
+def _copy(x: LayerCounts) -> LayerCounts:
+    arrays = {n: a.copy() for n in _SUMMED if (a := getattr(x, n)) is not None}
+    return replace(x, rows=None, **arrays)
+
+
+def _merge(into: LayerCounts, x: LayerCounts, at_G: NDArray[np.int64], n: int) -> None:
+    spread(into, np.arange(len(into.tokens_G)), n)
+    into.tokens += x.tokens
+    into.padding_tokens += x.padding_tokens
+    for name in _SUMMED:
+        new = getattr(x, name)
+        if new is None:
+            continue
+        old = getattr(into, name)
+        if old is None:
+            # Counts nobody saw before are zero so far; sums that were unknown stay unknown.
+            if name.rpartition("_")[0] in _NULL_WHEN_UNSEEN:
+                continue
+            old = np.zeros((n, *new.shape[1:]), new.dtype)
+            setattr(into, name, old)
+        old[at_G] += new
