@@ -80,6 +80,8 @@ class Capture:
         self._stack: list[Observed] = []
         self._shapes: list[tuple[int, int] | None] = []
         self.current: OpenForward | None = None
+        self.entered: set[nn.Module] = set()
+        """Blocks that ran at least once."""
         self.aborted = 0
         """Forwards that an exception ended before their root module returned."""
         self._names = _argument_names(model)
@@ -95,6 +97,8 @@ class Capture:
 
     def detach(self) -> None:
         """Take every hook off again."""
+        if self.current is not None:
+            self.aborted, self.current = self.aborted + 1, None
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -168,6 +172,7 @@ class Capture:
             self.end_implicit()  # the same block again: the next forward without a root
         forward = self.implicit()
         forward.expected += 1
+        self.entered.add(layer.block)
         self._stack.append(Observed())
         self._shapes.append(_rows_and_positions(args, kwargs))
 

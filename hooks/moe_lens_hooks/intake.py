@@ -118,13 +118,12 @@ class Intake:
         experts = info.experts + info.zero_experts
         known = self.infos.get(key)
         if known is None:
-            meaning = learn(seen, router, experts)
-            known = self._introduce(key, info, seen, meaning)
-        else:
-            meaning = self._meanings[known.layer]
-            if meaning is None:  # the forwards before had no usable token
-                meaning = learn(seen, router, experts)
-        self._meanings[known.layer] = meaning
+            # A layer is seen for the first time: its number is its place in the order of calls.
+            known = replace(info, layer=len(self.infos), top_k=ids.shape[1])
+            self._note(key, known, learn(seen, router, experts))
+        elif self._meanings[known.layer] is None:  # the forwards before had no usable token
+            self._note(key, known, learn(seen, router, experts))
+        meaning = self._meanings[known.layer]
         batch = forward.batches.get(info.stream)
         if batch is None:
             batch = self._describe(forward, info.stream, shape, ids)
@@ -148,24 +147,21 @@ class Intake:
             )
         )
 
-    def _introduce(
-        self, key: Key, info: LayerInfo, seen: Observed, meaning: Semantics | None
-    ) -> LayerInfo:
-        """A layer is seen for the first time: its number is its place in the order of calls."""
-        assert seen.expert_ids_TK is not None
-        known = replace(info, layer=len(self.infos), top_k=seen.expert_ids_TK.shape[1])
+    def _note(self, key: Key, info: LayerInfo, meaning: Semantics | None) -> None:
+        """Keep what is known of a layer, here and in the trace's meta."""
         if meaning is not None:
-            known = replace(
-                known,
+            info = replace(
+                info,
                 score=meaning.score,
                 selection=meaning.selection,
                 normalised=meaning.normalised,
                 selection_bias="bias" in (meaning.selection or ""),
             )
-        self.infos[key] = known
+        elif key in self.infos:
+            return
+        self.infos[key], self._meanings[info.layer] = info, meaning
         infos = list(self.infos.values())
         self._edit(lambda meta: setattr(meta, "layers", infos))
-        return known
 
     def _describe(
         self, forward: OpenForward, stream: str, shape: tuple[int, int] | None, ids: Tensor

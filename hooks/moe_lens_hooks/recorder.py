@@ -104,6 +104,11 @@ class Recorder:
         if taken or weights not in ("bf16", "exact"):
             what = f"keys {sorted(taken)} are columns of moe_lens" if taken else f"{weights=}"
             raise ValueError(f'{what}; choose other names, or weights="bf16" or "exact".')
+        for name, value in (("on_breach", on_breach), ("on_write_error", on_write_error)):
+            if value not in ("raise", "warn"):
+                raise ValueError(f'{name}={value!r} must be "raise" or "warn"')
+        if layout not in ("bs", "sb"):
+            raise ValueError(f'layout={layout!r} must be "bs" or "sb"')
         layers = [] if model is None else find_layers(model, [*adapters, *all_adapters()])
         own_rank, own_world = rank_and_world()
         world = own_world if world is None else world
@@ -340,10 +345,11 @@ class Recorder:
         self._capture.end_implicit()
         self._capture.detach()
         self._closed = True
+        never = [x.info.path for x in self._layers if x.block not in self._capture.entered]
         atexit.unregister(self._at_exit)
         if not self._forwards and error is None:
             self._watch.breach(f"nothing was recorded into {self.path}. {REMEDY}")
-        self._mark_end(error)
+        self._mark_end(never, error)
         try:
             self._writer.close()
         except TraceWriteError:
@@ -353,6 +359,8 @@ class Recorder:
             self._lock.release()
         if error is None:
             self._watch.check()
+            if never:
+                warnings.warn(f"{len(never)} MoE blocks never ran, {never[0]} first", stacklevel=2)
 
     def __enter__(self) -> Self:
         return self
@@ -411,11 +419,7 @@ class Recorder:
             raise CaptureBreach("rec.loss before any recorded forward: call it after the model ran")
         return last[-1]
 
-    def _mark_end(self, error: BaseException | None) -> None:
-        entered = {id(block) for (block, _) in self._intake.infos if isinstance(block, nn.Module)}
-        never = [x.info.path for x in self._layers if id(x.block) not in entered]
-        if never and self._forwards:
-            self._watch.warn(f"{len(never)} MoE blocks never ran, {never[0]} first")
+    def _mark_end(self, never: list[str], error: BaseException | None) -> None:
         if self._capture.aborted:
             self._watch.count("forwards that an exception ended", self._capture.aborted)
 

@@ -29,9 +29,6 @@ class Watch:
         on_write_error: OnTrouble,
         stop: Callable[[], None],
     ) -> None:
-        for name, value in (("on_breach", on_breach), ("on_write_error", on_write_error)):
-            if value not in ("raise", "warn"):
-                raise ValueError(f'{name}={value!r} must be "raise" or "warn"')
         self._writer = writer
         self._raise_breach = on_breach == "raise"
         self.raise_write_error = on_write_error == "raise"
@@ -79,7 +76,7 @@ class Watch:
 
     def warn(self, text: str) -> None:
         """Warn the first time, count every time."""
+        self.count(text)
         if text not in self._told:
             self._told.add(text)
             warnings.warn(text, stacklevel=4)
-        self.count(text)

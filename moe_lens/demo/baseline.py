@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-_BLOCK_BYTES = 4_096
+_BLOCK_BYTES = 16_384
 _EVERY_NTH_BLOCK = 10
 _BUCKETS = 40
 _EM_ROUNDS = 30
@@ -58,12 +58,14 @@ class NgramModel:
         Returns:
             float64 [windows, length]; the first ``order`` columns see a shorter context.
         """
-        bits_NL = np.empty(windows_NL.shape)
-        for column in range(windows_NL.shape[1]):
-            first = max(0, column - self.order)
-            rows = windows_NL[:, first : column + 1]
-            bits_NL[:, column] = -np.log2(self._probability(rows))
-        return bits_NL
+        probability_NL = np.empty(windows_NL.shape)
+        for column in range(min(self.order, windows_NL.shape[1])):
+            probability_NL[:, column] = self._probability(windows_NL[:, : column + 1])
+        if windows_NL.shape[1] > self.order:
+            rows = np.lib.stride_tricks.sliding_window_view(windows_NL, self.order + 1, axis=1)
+            full = self._probability(rows.reshape(-1, self.order + 1))
+            probability_NL[:, self.order :] = full.reshape(rows.shape[:2])
+        return -np.log2(probability_NL)
 
     def _count(self, rows: NDArray[np.uint8]) -> None:
         """Count the last n + 1 bytes of each row, and their contexts, for each order n."""

@@ -9,7 +9,7 @@ machine. Nothing is downloaded: the text comes with Python, plotly and torch.
 - ``javascript``: ``plotly.min.js``. plotly ships one library in one minified file (its second
   large file, ``widgetbundle.js``, holds the same library again, so it would leak one into the
   other). A document here is therefore a *region* of that one file: 16 KiB, with 1 KiB left out
-  between neighbours, so that no line of code lies on both sides of a split.
+  between neighbours, so that a split cuts through no statement of ordinary length.
 - ``cpp``: headers in ``torch/include``, without the generated one-operator stubs of ``ATen/ops``,
   which repeat each other almost word for word.
 """

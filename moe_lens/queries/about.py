@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, get_type_hints
 
 import pyarrow as pa
@@ -11,10 +13,8 @@ from moe_lens.errors import TraceError
 from moe_lens.trace.meta import LayerInfo
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
     from moe_lens.trace.reader import RunFiles
+
 
 _ARROW = {int: pa.int64(), str: pa.string(), bool: pa.bool_(), float: pa.float64()}
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from moe_lens.errors import QueryError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import duckdb
+
 
 _MISSING_TABLE = re.compile(r"Table with name (\S+) does not exist")
 _HINT = re.compile(r"^(Did you mean|Candidate bindings)", re.MULTILINE)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import pandas as pd
+
 
 _SHOWN = 20
 

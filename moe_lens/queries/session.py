@@ -7,8 +7,9 @@ are named as the tables of the trace; answers leave as `Result`.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import TracebackType
 
 import duckdb
 import pyarrow as pa
@@ -21,10 +22,6 @@ from moe_lens.queries.mistakes import explain
 from moe_lens.queries.result import Result
 from moe_lens.queries.views import create_views
 from moe_lens.trace.reader import RunFiles, open_run
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from types import TracebackType
 
 PathLike = str | Path
 

@@ -9,7 +9,7 @@ parameters. What varies in it is paths and names of runs, always through `litera
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
 
 import duckdb
 import numpy as np
@@ -19,9 +19,6 @@ from moe_lens.errors import TraceError
 from moe_lens.queries.about import layers_table, runs_table
 from moe_lens.trace.reader import RunFiles, superseded_from
 from moe_lens.trace.schema import Table, with_keys
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
 
 _RANK = r"'rank=(\d+)/seg-\d+\.parquet$'"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,8 @@ from moe_lens.terminal.numbers import compact
 from moe_lens.terminal.ramp import EMPTY, character, coloured, legend, shade
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from rich.console import Console, ConsoleOptions, RenderResult
+
 
 _WIDEST = 7
 _COUNTS_FROM = 4  # columns a cell needs to hold a count

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from moe_lens.errors import TraceError
 from moe_lens.trace import layout
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 _MAGIC = b"PAR1"
 _SMALLEST = 12  # magic, footer length, magic

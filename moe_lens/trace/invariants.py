@@ -15,7 +15,7 @@ from moe_lens.trace.events import Forward, Ints, LayerCounts
 def check(forward: Forward) -> list[str]:
     """Every breach in a forward, in words with the numbers; empty when all is well."""
     found = [f"{text} ({n})" if n > 1 else text for text, n in forward.problems.items()]
-    if forward.fires_seen != forward.fires_expected:
+    if forward.fires_seen != forward.fires_expected and not found:  # else it is said why
         found.append(
             f"{forward.fires_expected} MoE blocks were entered but the routing of "
             f"{forward.fires_seen} was seen"

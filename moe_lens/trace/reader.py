@@ -10,9 +10,9 @@ the writer's lock file (closing it would drop the lock of a writer in the same p
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
@@ -21,9 +21,6 @@ from moe_lens.trace import layout
 from moe_lens.trace.check import check_place, segment_damage
 from moe_lens.trace.meta import Meta, read_meta
 from moe_lens.trace.schema import with_keys
-
-if TYPE_CHECKING:
-    from collections.abc import Set as AbstractSet
 
 COUNT_TABLES = ("load", "layers", "routers", "slices", "steps")
 """Tables of sums, which leave out ranks whose tokens another rank has too (`Meta.counts`)."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,9 +18,6 @@ import pyarrow.parquet as pq
 from moe_lens.trace import layout
 from moe_lens.trace.meta import Attempt, LayerInfo, Meta, write_meta
 from moe_lens.trace.schema import with_keys
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 Rows = list[dict[str, Any]]
 

@@ -76,12 +76,17 @@ class FusedExperts:
 def _argument_names(experts: object) -> tuple[str, str] | None:
     if not isinstance(experts, nn.Module):
         return None
-    parameters = inspect.signature(experts.forward).parameters
+    parameters = _parameters(experts)
     return next((pair for pair in _PAIRS if all(n in parameters for n in pair)), None)
 
 
+def _parameters(experts: nn.Module) -> list[str]:
+    # Of the class: libraries put wrappers with other signatures on instances (expert parallelism).
+    return list(inspect.signature(type(experts).forward).parameters)[1:]
+
+
 def _read_experts(experts: nn.Module, ids: str, weights: str) -> Read:
-    order = list(inspect.signature(experts.forward).parameters)
+    order = _parameters(experts)
     at = order.index(ids), order.index(weights)
 
     def read(seen: Observed, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:

@@ -52,6 +52,8 @@ def recorder() -> Any:
 @pytest.fixture(scope="session")
 def corpus() -> list[Domain]:
     texts = {"digits": b"0123456789 ", "letters": b"the cat sat on the mat. "}
+    # One line a document, each with its number, so that none is a copy of another.
     return [
-        split(tag, [(f"{tag}{i}", text * 200) for i in range(20)]) for tag, text in texts.items()
+        split(tag, [(f"{tag}{i}", f"{i} ".encode() + text * 200) for i in range(20)])
+        for tag, text in texts.items()
     ]

@@ -59,7 +59,9 @@ def test_evaluation_equals_a_loop_and_drops_nothing(top_k: int) -> None:
     seen = []
     layer.experts.register_forward_pre_hook(lambda _, args: seen.append(args))
     y_BSD, _, _ = layer(x_BSD)
-    torch.testing.assert_close(y_BSD.flatten(0, 1), loop_over_tokens(layer, x_BSD.flatten(0, 1), None))
+    torch.testing.assert_close(
+        y_BSD.flatten(0, 1), loop_over_tokens(layer, x_BSD.flatten(0, 1), None)
+    )
     assert layer.capacity is None
     _, expert_ids_TK, weights_TK, kept_TK = seen[0]
     assert kept_TK is None

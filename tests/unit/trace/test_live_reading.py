@@ -12,12 +12,13 @@ from moe_lens.trace import layout
 from moe_lens.trace.meta import write_meta
 
 READS = 100
+SEGMENTS = 100
 
 
 def write_until(run: Path, stop: threading.Event, written: list[int]) -> None:
-    """Append to the open stream; every fifth batch seal it as the format says."""
+    """Append to the open stream; after every fifth batch seal it as the format says."""
     seq = step = 0
-    while not stop.is_set():
+    while not stop.is_set() and seq < SEGMENTS:
         batches = []
         path = layout.stream_path(run, "steps", 0, seq)
         for _ in range(5):
@@ -36,7 +37,7 @@ def write_until(run: Path, stop: threading.Event, written: list[int]) -> None:
         segment(run, "steps", batches, seq=seq)
         path.unlink()
         seq += 1
-        stop.wait(0.002)
+        stop.wait(0.01)
 
 
 def test_reading_while_a_writer_works(tmp_path: Path) -> None:

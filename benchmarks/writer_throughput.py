@@ -1,0 +1,189 @@
+"""What writing and counting cost over the bare libraries that do the work.
+
+Writing: rows of `routing` from capture's events to a sealed segment (Arrow tables built from the
+events, appended to the open stream, read back, sorted by layer, written as Parquet) against bare
+`pyarrow.parquet.write_table` of the very same rows, from one Arrow table that is built and sorted
+already, with the same encodings and row groups. Gate: at least 0.8 of its rate.
+
+Counting: choices per expert as the hooks count them (`moe_lens_hooks.reduce`) against bare
+`np.bincount` of the same int64 ids. Gate: at least 0.8 of its rate.
+
+Also printed, without a gate: the whole trace writer (invariants, windows and all tables), its parts,
+and an A/A pair of each bare side.
+
+    python benchmarks/writer_throughput.py [--quick]
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from _common import Pairs, Report, interleaved, is_quick, scratch, table
+from moe_lens_hooks.batch import Batch
+from moe_lens_hooks.reduce import _Tally
+from routing_generator import RoutingGenerator, Shape
+
+from moe_lens.trace import layout, rows
+from moe_lens.trace.events import Forward
+from moe_lens.trace.meta import Attempt, Meta
+from moe_lens.trace.schema import TABLES
+from moe_lens.trace.segment import ROW_GROUP
+from moe_lens.trace.store import TraceStore
+from moe_lens.trace.writer import TraceWriter
+
+ROUTING = TABLES["routing"]
+
+
+def through_store(run: Path, forwards: list[Forward]) -> None:
+    """Build, append, seal: the path that a row of `routing` takes."""
+    store = TraceStore(run, Meta("throughput", attempts=[Attempt(0, 0)]))
+    for forward in forwards:
+        store.append("routing", pa.concat_tables(rows.routing_tables(forward, 0, exact=False)))
+    store.close()
+
+
+def through_writer(run: Path, forwards: list[Forward]) -> None:
+    """The whole writer: every table, windows, invariants, a thread of its own."""
+    writer = TraceWriter(run, Meta("throughput", attempts=[Attempt(0, 0)]))
+    for forward in forwards:
+        # The writer lets go of rows it has written; these are needed again.
+        again = replace(forward, layers=[replace(x) for x in forward.layers])
+        writer.put(again)
+    writer.close()
+    if writer.lost_rows or writer.breach_count:
+        raise SystemExit(f"lost {writer.lost_rows} rows, breaches: {writer.take_breaches()}")
+
+
+def bare(path: Path, sealed: pa.Table) -> None:
+    """`pyarrow.parquet.write_table`, told everything that the trace's format asks for."""
+    leaf = {f.name: f.name + ".list.element" * pa.types.is_list(f.type) for f in sealed.schema}
+    packed: dict[str, list[str]] = {"dictionary": [], "split": []}
+    for column in ROUTING.columns:
+        packed[column.packing].append(leaf[column.name])
+    pq.write_table(
+        sealed,
+        path,
+        row_group_size=ROW_GROUP,
+        compression="zstd",
+        compression_level=1,
+        use_dictionary=packed["dictionary"],
+        column_encoding=dict.fromkeys(packed["split"], "BYTE_STREAM_SPLIT"),
+        write_statistics=[c.name for c in ROUTING.columns if c.packing == "dictionary"],
+        store_schema=False,
+    )
+
+
+def writing(folder: Path, forwards: list[Forward], rounds: int) -> dict[str, Pairs]:
+    """Pairs with the bare library first."""
+    number = itertools.count()
+
+    def run() -> Path:
+        return folder / f"run{next(number)}"
+
+    once = run()
+    through_store(once, forwards)
+    (segment,) = layout.segments(once, "routing", 0).values()
+    # Read back as a list of plain chunks, in one piece: what a caller of write_table would hold.
+    sealed = pq.read_table(segment).cast(ROUTING.schema).combine_chunks()
+    target = folder / "bare.parquet"
+    bare(target, sealed)
+    if abs(target.stat().st_size / segment.stat().st_size - 1) > 0.01:
+        raise SystemExit("the two files differ in size: not the same encodings")
+
+    def build() -> None:
+        for forward in forwards:
+            rows.routing_tables(forward, 0, exact=False)
+
+    def write_bare() -> None:
+        bare(target, sealed)
+
+    sides: dict[str, Callable[[], None]] = {
+        "routing rows through the store": lambda: through_store(run(), forwards),
+        "bare again (A/A)": write_bare,
+        "building the Arrow tables alone": build,
+        "the whole trace writer, all tables": lambda: through_writer(run(), forwards),
+    }
+    return {name: interleaved(write_bare, side, rounds) for name, side in sides.items()}
+
+
+def counting(forward: Forward, rounds: int) -> dict[str, Pairs]:
+    """Pairs with `np.bincount` first: the ids of all layers of a forward, one layer a call."""
+    ids = [torch.from_numpy(x.rows.expert_ids_NK.astype(np.int64)) for x in forward.layers if x.rows]
+    bare_ids = [x.numpy().ravel() for x in ids]
+    T, E = len(ids[0]), forward.layers[0].routed_GE.shape[1]
+    none = np.zeros(T, np.int64)
+    position, tag = none.astype(np.int32), none.astype(np.int32)
+    tokens = torch.tensor([T])
+    batch = Batch(
+        (1, T), ["untagged"], None, False, tokens, none[:1], none, position, tag, None, None, []
+    )
+    tally = _Tally(batch, E)
+
+    def hooks() -> None:
+        for _ in range(5):
+            for x in ids:
+                tally.choices(x)
+
+    def numpy() -> None:
+        for _ in range(5):
+            for x in bare_ids:
+                np.bincount(x, minlength=E)
+
+    for x, y in zip(ids, bare_ids, strict=True):
+        if (tally.choices(x).numpy().ravel() != np.bincount(y, minlength=E)).any():
+            raise SystemExit("the two counts differ")
+    return {
+        "counting in the hooks": interleaved(numpy, hooks, rounds),
+        "np.bincount again (A/A)": interleaved(numpy, numpy, rounds),
+    }
+
+
+def main() -> int:
+    quick = is_quick(__doc__)
+    torch.set_num_threads(1)
+    shape = Shape(positions=64) if quick else Shape()
+    n = 7  # of 196,608 rows: one segment of 1.4 M
+    forwards = list(RoutingGenerator(shape).forwards(n))
+    token_layers = n * shape.tokens * shape.layers
+    report = Report(
+        "writer_throughput",
+        shape.described() | {"forwards": n, "torch_threads": 1},
+        ("torch",),
+    )
+    with scratch() as folder:
+        pairs = writing(folder, forwards, 3 if quick else 7)
+    counts = counting(forwards[0], 5 if quick else 31)
+    lines = []
+    for of, found, units in (
+        ("write_table", pairs, token_layers),
+        ("bincount", counts, 5 * shape.tokens * shape.layers),
+    ):
+        for name, p in found.items():
+            speed = [units / np.median(side) / 1e6 for side in (p.second, p.first)]
+            lines.append([name, f"{speed[0]:.2f}", f"{speed[1]:.2f}", of, f"{1 / p.ratio:.3f}"])
+            report.numbers[name] = p.as_dict() | {
+                "rate_over_bare": 1 / p.ratio,
+                "million_token_layers_per_cpu_s": speed[0],
+            }
+    table(["M token-layers / CPU s", "it", "bare", "bare is", "rate over bare"], lines)
+    report.gate(
+        "writing rows, rate over write_table",
+        1 / pairs["routing rows through the store"].ratio,
+        at_least=0.8,
+    )
+    report.gate(
+        "counting, rate over np.bincount", 1 / counts["counting in the hooks"].ratio, at_least=0.8
+    )
+    return report.finish(keep=not quick)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

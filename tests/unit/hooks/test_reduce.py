@@ -1,0 +1,135 @@
+"""Counts and sums of one block against a plain Python loop."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_lens_hooks.adapter import Observed
+from moe_lens_hooks.batch import Describer, StepContext
+from moe_lens_hooks.reduce import reduce
+from moe_lens_hooks.semantics import learn
+
+E, K = 5, 2
+
+
+def describe(B, S, tags, padding):
+    describer = Describer(lambda tag: tag)
+    return describer.describe(
+        (B, S),
+        StepContext(tags=tags),
+        padding=padding,
+        positions=None,
+        past=0,
+        continues=False,
+        keeps=lambda sequences: np.ones(len(sequences), bool),
+        device=torch.device("cpu"),
+    )
+
+
+@st.composite
+def cases(draw):
+    B, S = draw(st.integers(1, 3)), draw(st.integers(0, 5))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    logits = torch.randn(B * S, E, generator=generator)
+    if draw(st.booleans()) and B * S:
+        logits[0, 1] = math.nan
+    ids = torch.rand(B * S, E, generator=generator).argsort(-1)[:, :K]
+    weights = torch.rand(B * S, K, generator=generator)
+    kept = torch.rand(B * S, K, generator=generator) > 0.3 if draw(st.booleans()) else None
+    tags = draw(st.none() | st.lists(st.sampled_from("abc"), min_size=B, max_size=B))
+    padding = torch.rand(B, S, generator=generator) > 0.6 if draw(st.booleans()) else None
+    return B, S, logits, ids, weights, kept, tags, padding
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases())
+def test_every_count_equals_a_naive_loop(case):
+    B, S, logits, ids, weights, kept, tags, padding = case
+    batch = describe(B, S, tags, padding)
+    seen = Observed(ids, weights, logits, router_ids_TK=ids.clone(), kept_TK=kept)
+    meaning = learn(Observed(ids, weights, torch.randn(len(ids), E)), None, E)
+    counts, rows, problems = reduce(seen, batch, meaning, E, logits=False)
+    G = len(batch.tags)
+    naive = {
+        n: np.zeros((G, E), int)
+        for n in ("routed", "processed", "overflowed", "dropped", "padding")
+    }
+    weight_sum, tokens = np.zeros((G, E)), np.zeros(G, int)
+    unserved, nonfinite = np.zeros(G, int), np.zeros(G, int)
+    for t in range(B * S):
+        g = batch.tags.index(tags[t // S]) if tags else 0
+        pad = padding is not None and bool(padding[t // S, t % S])
+        tokens[g] += not pad
+        ran = 0
+        for slot in range(K):
+            e = int(ids[t, slot])
+            fits = kept is None or bool(kept[t, slot])
+            ran += fits
+            if pad:
+                naive["padding"][g, e] += 1
+                continue
+            naive["routed"][g, e] += 1
+            naive["processed" if fits else "overflowed"][g, e] += 1
+            naive["dropped"][g, e] += not fits
+            weight_sum[g, e] += float(weights[t, slot]) * fits
+        unserved[g] += not pad and ran == 0
+        nonfinite[g] += not pad and bool(logits[t].isnan().any())
+    assert counts["tokens_G"].tolist() == tokens.tolist()
+    for name in ("routed", "processed"):
+        assert counts[f"{name}_GE"].tolist() == naive[name].tolist()
+    assert counts["weight_sum_GE"].numpy() == pytest.approx(weight_sum, abs=1e-5)
+    if kept is not None:
+        assert counts["overflowed_GE"].tolist() == naive["overflowed"].tolist()
+        assert counts["dropped_GE"].tolist() == naive["dropped"].tolist()
+        assert counts["unserved_G"].tolist() == unserved.tolist()
+    if padding is not None:
+        assert counts["padding_GE"].tolist() == naive["padding"].tolist()
+    if meaning is not None:
+        assert counts["nonfinite_G"].tolist() == nonfinite.tolist()
+        assert counts["zloss_sum_G"].isfinite().all()
+    assert not any(int(n) for n in problems.values())
+    if batch.rows_N is not None:
+        assert torch.equal(rows["expert_ids_NK"], ids.int())
+
+
+def test_ids_out_of_range_are_counted_and_not_trusted():
+    ids = torch.tensor([[0, 7], [-1, 2]])
+    seen = Observed(ids, torch.ones(2, 2))
+    counts, rows, problems = reduce(seen, describe(1, 2, None, None), None, E, logits=False)
+    assert int(problems["expert ids out of range"]) == 2
+    assert int(counts["routed_GE"].sum()) == 4  # clamped, so that the breach is the only damage
+    assert rows["expert_ids_NK"].tolist() == ids.tolist()  # as seen
+
+
+def test_nan_weights_are_a_problem():
+    seen = Observed(torch.tensor([[0, 1]]), torch.tensor([[math.nan, 1.0]]))
+    _, _, problems = reduce(seen, describe(1, 1, None, None), None, E, logits=False)
+    assert int(problems["gate weights that are NaN or infinite"]) == 1
+
+
+def test_router_that_says_other_ids_than_the_experts_got_shows_in_routed():
+    own, executed = torch.tensor([[0, 1]]), torch.tensor([[0, 2]])
+    seen = Observed(executed, torch.ones(1, 2), router_ids_TK=own)
+    counts, _, _ = reduce(seen, describe(1, 1, None, None), None, E, logits=False)
+    assert counts["routed_GE"].tolist() == [[1, 1, 0, 0, 0]]
+    assert counts["processed_GE"].tolist() == [[1, 0, 1, 0, 0]]
+
+
+def test_sigmoid_router_entropy_is_of_the_normalised_sigmoids():
+    torch.manual_seed(0)
+    z = torch.randn(64, E)
+    s = z.sigmoid()
+    weights, ids = s.topk(K)
+    seen = Observed(ids, weights * 2.5, z)
+    meaning = learn(seen, None, E)
+    assert meaning is not None
+    assert (meaning.score, meaning.selection, meaning.normalised) == ("sigmoid", "logits", False)
+    counts, _, _ = reduce(seen, describe(1, 64, None, None), meaning, E, logits=False)
+    p = (s / s.sum(-1, keepdim=True)).double().numpy()
+    assert float(counts["entropy_sum_G"]) == pytest.approx(-(p * np.log(p)).sum(), rel=1e-5)
