@@ -37,7 +37,7 @@ chromium:  ## install Debian's Chromium for the browser tests, where that is pos
 	fi
 
 demo: install  ## train a small MoE for two minutes, record it, print the report
-	$(BIN)/moe-lens demo
+	$(BIN)/moe-lens demo --force
 
 test: lint $(BROWSER)  ## lint, then every test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
