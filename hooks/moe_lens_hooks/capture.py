@@ -7,6 +7,7 @@ for what it sees: problems travel with the counts.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakSet
@@ -14,9 +15,11 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from moe_lens.errors import CaptureBreach, NoMoELayers
+from moe_lens.errors import CaptureBreach, NoMoELayers, UnsupportedRouter
 from moe_lens_hooks.adapter import Adapter, MoELayer, Observed, Read
 from moe_lens_hooks.forward import OpenForward, recomputing
+
+_SOFT = re.compile(r"soft_?(moe|mixture)", re.IGNORECASE)
 
 _recorded: WeakSet[nn.Module] = WeakSet()
 """Blocks that a recorder is attached to: two on one block would each see half of the truth."""
@@ -36,6 +39,11 @@ def find_layers(model: nn.Module, adapters: Sequence[Adapter]) -> list[MoELayer]
     """
     found: list[MoELayer] = []
     for path, module in model.named_modules():
+        if _SOFT.search(type(module).__name__):
+            raise UnsupportedRouter(
+                f"{path} ({type(module).__name__}) is a soft mixture: each expert computes a blend "
+                "of all tokens, so there is no routing decision to record."
+            )
         layers = (adapter.layer(path, module) for adapter in adapters)
         layer = next((x for x in layers if x is not None), None)
         if layer is not None:

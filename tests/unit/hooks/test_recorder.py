@@ -331,6 +331,14 @@ def test_a_dense_model_has_nothing_to_record(run):
     assert not run.exists()
 
 
+def test_a_soft_mixture_is_refused_by_name(run):
+    class SoftMoE(TinyModel):
+        pass
+
+    with pytest.raises(moe_lens.UnsupportedRouter, match="soft mixture"):
+        moe_lens.record(SoftMoE(), run)
+
+
 def test_a_folder_with_something_in_it_is_not_touched(model, run):
     run.mkdir()
     (run / "mine.txt").write_text("precious")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,12 @@ def layer(experts: int = 4, tags: int = 1, number: int = 0, **more: Any) -> Laye
     """A layer in which nothing happened but what `more` says."""
     none = np.zeros((tags, experts), np.int64)
     fields: dict[str, Any] = {
-        **{"layer": number, "tokens": 0, "padding_tokens": 0, "tokens_G": np.zeros(tags, np.int64)},
-        **{"routed_GE": none, "processed_GE": none, "weight_sum_GE": none * 0.0},
+        "layer": number,
+        "tokens": 0,
+        "padding_tokens": 0,
+        "tokens_G": np.zeros(tags, np.int64),
     }
+    fields |= {"routed_GE": none, "processed_GE": none, "weight_sum_GE": none * 0.0}
     return LayerCounts(**fields | more)
 
 
@@ -356,9 +360,7 @@ def test_a_shared_window_is_written_after_its_second_without_another_forward(
     assert [r["forwards"] for r in read_rows(tmp_path, "layers")] == [1]
 
 
-def _appended(writer: TraceWriter, monkeypatch: pytest.MonkeyPatch, table: str) -> Any:
-    import threading
-
+def _appended(writer: TraceWriter, monkeypatch: pytest.MonkeyPatch, table: str) -> threading.Event:
     done = threading.Event()
     append = writer._store.append
 
