@@ -46,7 +46,7 @@ lint: install  ## ruff, mypy, import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-cache
 
 format: install  ## let ruff sort imports and format
 	$(BIN)/ruff check --select I --fix .

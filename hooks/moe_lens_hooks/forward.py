@@ -84,7 +84,7 @@ class OpenForward:
         for x in self.layers:
             x.rows = {}
         for batch in self.batches.values():
-            batch.rows_N, batch.first_seen = None, []
+            batch.rows_N = None
         self.row_bytes = 0
         self._copy = HostCopy(self._tensors())
 
@@ -146,6 +146,10 @@ class OpenForward:
         whole.tokens_G[at] += tokens_G
         whole.sequences_G[at] += batch.sequences_G
         whole.padding_tokens += batch.size - int(tokens_G.sum())
+        for number, tag, said, row in batch.first_seen:
+            keys = {k: None if row >= len(v) else str(v[row]) for k, v in self.context.keys.items()}
+            request = None if said is None else str(said)
+            whole.sequences.append(SequenceRow(number, batch.tags[tag], request, keys))
         if rows_N is None:
             return
         n = len(rows_N)
@@ -162,10 +166,6 @@ class OpenForward:
                 else ids_T[rows_N].astype(np.int32),
             )
         )
-        for number, tag, said, row in batch.first_seen:
-            keys = {k: None if row >= len(v) else str(v[row]) for k, v in self.context.keys.items()}
-            request = None if said is None else str(said)
-            whole.sequences.append(SequenceRow(number, batch.tags[tag], request, keys))
 
 
 def _layer_counts(

@@ -18,9 +18,12 @@ from torch import Tensor
 
 from moe_lens_hooks.adapter import Observed
 from moe_lens_hooks.batch import Batch
-from moe_lens_hooks.semantics import Semantics, probabilities
+from moe_lens_hooks.semantics import Semantics
 
 Numbers = dict[str, Tensor]
+
+_MASKED = -1e4
+"""Logits this far below a token's largest are those of masked experts."""
 
 
 def reduce(
@@ -50,7 +53,9 @@ def reduce(
     counts = {"tokens_G": batch.tokens_G}
     processed = tally.choices(ids_TK, kept_TK)
     counts["processed_GE"] = tally.valid(processed)
-    counts["weight_sum_GE"] = tally.valid(tally.choices(ids_TK, kept_TK, weights_TK))
+    weight_sums = tally.choices(ids_TK, kept_TK, weights_TK)
+    counts["weight_sum_GE"] = tally.valid(weight_sums)
+    problems["experts with a gate weight that is NaN or infinite"] = (~weight_sums.isfinite()).sum()
     own_TK = seen.router_ids_TK
     if own_TK is None or (own_TK is seen.expert_ids_TK and kept_TK is None):
         # One and the same tensor object left the router and entered the experts.
@@ -65,8 +70,7 @@ def reduce(
     if kept_TK is not None:
         counts["overflowed_GE"] = tally.valid(tally.choices(own_TK, ~kept_TK))
         counts["dropped_GE"] = tally.valid(tally.choices(ids_TK, ~kept_TK))
-        counts["unserved_G"] = tally.valid(tally.tokens((~kept_TK.any(-1)).float())).long()
-    problems["gate weights that are NaN or infinite"] = (~weights_TK.isfinite()).sum()
+        counts["unserved_G"] = tally.valid(tally.tokens((~kept_TK.any(-1)).long()))
 
     rows: Numbers = {}
     if batch.rows_N is not None:
@@ -113,6 +117,12 @@ class _Tally:
         out = values_T.new_zeros((self.groups, *values_T.shape[1:]))
         return out.index_add_(0, self.batch.group_T, values_T)
 
+    def weighted(self, values_TE: Tensor, scale_T: Tensor) -> Tensor:
+        """`[groups, E]`: the sum over the tokens of each group of a row times its scale."""
+        if self.batch.group_T is None:
+            return (scale_T @ values_TE).unsqueeze(0)
+        return self.tokens(values_TE * scale_T.unsqueeze(-1))
+
     def valid(self, x: Tensor) -> Tensor:
         return x[: len(self.batch.tags)]
 
@@ -122,6 +132,10 @@ class _Tally:
 
 def _in_range(ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     """Ids clamped into range, and how many were not."""
+    if ids_TK.device.type == "cpu" and len(ids_TK):
+        low, high = ids_TK.aminmax()  # on a CPU, looking costs less than clamping
+        if low >= 0 and high < experts:
+            return ids_TK, torch.zeros((), dtype=torch.int64)
     wrong = (ids_TK < 0) | (ids_TK >= experts)
     return ids_TK.clamp(0, experts - 1), wrong.sum()
 
@@ -150,49 +164,79 @@ def _confidence(
     batch: Batch,
     tally: _Tally,
 ) -> None:
-    """Entropy, margin, top-1 probability and z-loss: sums by tag, and rows."""
-    lse_T = z_TE.logsumexp(-1)
-    finite_T = lse_T.isfinite()
-    per_token = {"zloss": lse_T.square()}
-    p_TE = None
+    """Entropy, margin, top-1 probability and z-loss: sums by tag, and rows.
+
+    Written for few passes over `[T, E]` and few arrays of that size, most of them reused in place:
+    this is the larger part of what capture costs.
+    """
+    top_T = z_TE.amax(-1)
+    # -inf is a legal logit (an expert masked out): its probability is 0, and 0 x -inf must be too.
+    below_TE = (z_TE - top_T.unsqueeze(-1)).clamp_min_(_MASKED)
+    exp_TE = below_TE.exp()
+    total_T = exp_TE.sum(-1)
+    log_total_T = total_T.log()
+    zloss_T = (top_T + log_total_T).square_()
+    finite_T = zloss_T < math.inf  # False for NaN; a third of what isfinite costs
+    # On a CPU it costs nothing to look, and saves blanking what is not there.
+    whole = z_TE.device.type == "cpu" and bool(finite_T.all())
+    per_token = {"zloss": zloss_T}
+    if meaning.score == "sigmoid":
+        p_TE = z_TE.sigmoid()
+        scale_T = p_TE.sum(-1).reciprocal_()
+        mean_log_T = torch.xlogy(p_TE, p_TE).sum(-1) * scale_T
+        per_token["entropy"] = -mean_log_T - scale_T.log()
+        per_token["top1_prob"] = p_TE.amax(-1) * scale_T
+    else:
+        p_TE, scale_T = exp_TE, total_T.reciprocal()  # probabilities but for their scale
     if meaning.score is not None:
-        p_TE = probabilities(z_TE, meaning.score)
-        if meaning.score == "softmax":  # H = lse - sum p z: no logarithm of each probability
-            finite_z = z_TE.nan_to_num(neginf=0.0)  # p is 0 where z is -inf
-            per_token["entropy"] = lse_T - (p_TE * finite_z).sum(-1)
-        else:
-            per_token["entropy"] = -torch.xlogy(p_TE, p_TE).sum(-1)
-        per_token["top1_prob"] = p_TE.amax(-1)
-        clean = torch.where(finite_T.unsqueeze(-1), p_TE, 0.0)
-        counts["prob_sum_GE"] = tally.valid(tally.tokens(clean))
-    next_T = None
+        # 0 x NaN is NaN: tokens without finite logits must be blanked, not scaled, to zero.
+        clean_TE = p_TE if whole else torch.where(finite_T.unsqueeze(-1), p_TE, 0.0)
+        clean_T = scale_T if whole else torch.where(finite_T, scale_T, 0.0)
+        counts["prob_sum_GE"] = tally.valid(tally.weighted(clean_TE, clean_T))
+    if meaning.score == "softmax":
+        per_token["entropy"] = log_total_T - exp_TE.mul_(below_TE).sum(-1) * scale_T
+        per_token["top1_prob"] = scale_T
+    others_TE = None
     if meaning.rank is not None:
         bias = seen.bias_E if meaning.bias is None else meaning.bias
-        score_TE = meaning.rank(z_TE, None if bias is None else bias.detach().float())
-        chosen_T = score_TE.gather(1, ids_TK.long()).amin(-1)
-        best_T, next_T = score_TE.scatter(1, ids_TK.long(), -math.inf).max(-1)
+        # A score that is the logits may stand on logits less their largest: differences are kept.
+        logits_TE = below_TE if meaning.selection == "logits" else z_TE
+        score_TE = meaning.rank(logits_TE, None if bias is None else bias.detach().float())
+        wide_TK = ids_TK.long()
+        chosen_T = score_TE.gather(1, wide_TK).amin(-1)
+        others_TE = score_TE.scatter_(1, wide_TK, -math.inf)
+        best_T = others_TE.amax(-1)
+        # Below zero the choice was not by this score (rounding apart), and a masked expert is no
+        # runner-up: then there is no margin, and the NaN makes the sum null, since a sum of some
+        # of the tokens would mislead.
         margin_T = chosen_T - best_T
-        # Below zero the choice was not by this score (rounding apart): then there is no margin,
-        # and the NaN makes the sum null, since a sum of some of the tokens would mislead.
-        explained_T = (margin_T > -1e-5) & margin_T.isfinite()
-        per_token["margin"] = torch.where(explained_T, margin_T.clamp_min(0.0), math.nan)
-    values_TM = torch.stack(list(per_token.values()), -1).double()
-    sums = tally.valid(tally.tokens(torch.where(finite_T.unsqueeze(-1), values_TM, 0.0)))
+        explained_T = (margin_T > -1e-5) & (best_T > _MASKED)
+        per_token["margin"] = torch.where(explained_T, margin_T.clamp_min_(0.0), math.nan)
+    values_TM = torch.stack(list(per_token.values()), -1)
+    if not whole:
+        values_TM = torch.where(finite_T.unsqueeze(-1), values_TM, 0.0)
+    sums = tally.valid(tally.tokens(values_TM.double()))
     counts |= {f"{name}_sum_G": sums[:, i] for i, name in enumerate(per_token)}
-    counts["nonfinite_G"] = tally.valid(tally.tokens((~finite_T).float())).long()
+    counts["nonfinite_G"] = tally.valid(tally.tokens((~finite_T).long()))
     if not rows:
         return
     at = batch.rows_N
     if "entropy" in per_token:
         rows["entropy_N"] = torch.where(finite_T, per_token["entropy"], math.nan)[at]
-    if next_T is not None:
+    if others_TE is not None:
         margin_N = torch.where(finite_T, per_token["margin"], math.nan)[at]
         rows["margin_N"] = margin_N
         known_N1 = margin_N.isfinite().unsqueeze(-1)
-        next_N1 = next_T[at].unsqueeze(-1)
+        next_N1 = others_TE[at].argmax(-1, keepdim=True)
         rows["next_ids_NM"] = torch.where(known_N1, next_N1, -1).int()
-        if meaning.proportional and p_TE is not None:
-            first_N1 = ids_TK[at, :1].long()
-            share_N1 = p_TE[at].gather(1, next_N1) / p_TE[at].gather(1, first_N1)
-            weight_N1 = rows["weights_NK"][:, :1] * share_N1
+        if meaning.proportional:
+            z_NE = z_TE[at]
+            log_share_N1 = _log(z_NE.gather(1, next_N1), meaning.score)
+            log_share_N1 -= _log(z_NE.gather(1, ids_TK[at, :1].long()), meaning.score)
+            weight_N1 = rows["weights_NK"][:, :1] * log_share_N1.exp_()
             rows["next_weights_NM"] = torch.where(known_N1, weight_N1, math.nan)
+
+
+def _log(z: Tensor, score: str | None) -> Tensor:
+    """Logarithm of a probability but for a constant of the token."""
+    return torch.nn.functional.logsigmoid(z) if score == "sigmoid" else z.clone()

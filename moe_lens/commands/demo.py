@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -43,7 +44,7 @@ def demo(
 
     It learns Python, English prose, JavaScript and C++ from files that every installation has, for
     about two minutes on two CPU cores, is evaluated on held-out files of each, and ends with the
-    report. Every routing decision is in the trace.
+    report. The trace counts every routing decision, and has those of some sequences one by one.
 
     \b
     Examples:
@@ -55,6 +56,9 @@ def demo(
     if minutes is not None and minutes <= 0:
         raise CommandError(f"--minutes must be above 0, got {minutes:g}.")
     make_way(out, force)
+    # Read when torch is loaded. By default its threads spin while they wait for each other, which
+    # on a machine with anything else to do (the trace writer, say) costs several times the work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
     import torch
     from rich.console import Console
@@ -116,25 +120,25 @@ def make_way(out: Path, force: bool) -> None:
 
 @contextmanager
 def progress_bar(console: Console) -> Iterator[Callable[[Progress], None]]:
-    """A bar with loss, speed, load imbalance and dropped share; yields what feeds it."""
+    """A bar with step, loss, speed, load imbalance and dropped share; yields what feeds it."""
     from rich import progress as rich
 
     with rich.Progress(
-        rich.TextColumn("step {task.fields[step]}"),
-        rich.BarColumn(bar_width=20),
-        rich.TextColumn("{task.percentage:>3.0f}%"),
+        rich.TextColumn("{task.fields[step]}"),
+        rich.BarColumn(bar_width=None),
         rich.TimeElapsedColumn(),
         rich.TextColumn("{task.fields[state]}"),
         console=console,
+        expand=True,
     ) as bar:
         task = bar.add_task("training", total=1.0, step=0, state="")
 
         def on_step(now: Progress) -> None:
-            state = f"{now.bits_per_byte:.2f} bits/byte · {now.tokens_per_second:,.0f} tokens/s"
+            state = f"{now.bits_per_byte:.2f} bits/byte  {now.tokens_per_second:,.0f} tok/s"
             if now.load_max_over_mean is not None:
-                state += f" · hottest expert {now.load_max_over_mean:.1f}× the mean"
+                state += f"  max load {now.load_max_over_mean:.1f}×"
             if now.dropped_share is not None:
-                state += f" · {now.dropped_share:.1%} dropped"
+                state += f"  {now.dropped_share:.1%} dropped"
             bar.update(task, completed=now.done, step=now.step, state=state)
 
         yield on_step

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from moe_lens.commands.arguments import Runs, SkipDamaged
+from moe_lens.commands.interrupt import ends_at_once
 
 
 def info(run: Runs, skip_damaged: SkipDamaged = False) -> None:
@@ -16,5 +17,5 @@ def info(run: Runs, skip_damaged: SkipDamaged = False) -> None:
     """  # noqa: D301  (\b keeps the lines as they are)
     from moe_lens.queries.session import open_trace
 
-    with open_trace(run, skip_damaged=skip_damaged) as trace:
+    with ends_at_once(), open_trace(run, skip_damaged=skip_damaged) as trace:
         typer.echo(repr(trace.info()))

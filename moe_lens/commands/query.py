@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from moe_lens.commands.arguments import SkipDamaged
+from moe_lens.commands.interrupt import ends_at_once
 from moe_lens.errors import CommandError
 
 
@@ -68,7 +69,7 @@ def query(
     from moe_lens.queries.session import open_trace
 
     parameters = dict(_parameter(p) for p in param or [])
-    with open_trace(run, skip_damaged=skip_damaged) as trace:
+    with ends_at_once(), open_trace(run, skip_damaged=skip_damaged) as trace:
         if _is_sql(text):
             answer = trace.sql(text, **{k: _guess(v) for k, v in parameters.items()})
         else:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from moe_lens.commands.arguments import Phase, Runs, SkipDamaged
+from moe_lens.commands.interrupt import ends_at_once
 
 
 def report(
@@ -35,7 +36,7 @@ def report(
 
     if width is None and not sys.stdout.isatty():
         width = 100
-    with open_trace(run, skip_damaged=skip_damaged) as trace:
+    with ends_at_once(), open_trace(run, skip_damaged=skip_damaged) as trace:
         phases = {p for each in trace.info().runs for p in each.phases}
         if phase is not None and phase not in phases:
             there = ", ".join(sorted(phases)) or "none yet"

@@ -158,6 +158,10 @@ class Trace:
             raise
         except duckdb.Error as e:
             raise explain(e, self._views) from e
+        except RuntimeError as e:
+            if "interrupted" in str(e):  # what DuckDB makes of Ctrl-C
+                raise KeyboardInterrupt from e
+            raise
 
     def _checked(self, name: str) -> frozenset[Path]:
         files = self._files.get(name)

@@ -45,7 +45,7 @@ def gather(trace: Trace, phase: str | None = None) -> list[Answers]:
     """Ask all questions of a page; one `Answers` a run."""
     infos = trace.info().runs
     phases = [phase] if phase else sorted({p for i in infos for p in i.phases}, key=phase_order)
-    load = trace.query("expert_load", phase=phase).rows()
+    load = trace.query("load_map", phase=phase).rows()
     balance = trace.query("layer_balance", phase=phase).rows()
     confidence = trace.query("router_confidence", phase=phase, by_tag=False).rows()
     losses = trace.query("loss_by_tag", phase=phase).rows()

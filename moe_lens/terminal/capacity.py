@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from moe_lens.terminal.answers import Answers, Rows, total
-from moe_lens.terminal.grid import add_numbers, notes, table
+from moe_lens.terminal.grid import add_numbers, add_row, notes, table
 from moe_lens.terminal.numbers import count, percent
 
 if TYPE_CHECKING:
@@ -54,9 +54,9 @@ def _table(lossy: dict[str, Rows]) -> Table:
         for rows in by_layer.values():
             row = rows.get(layer)
             cells += ["", "", ""] if row is None else _cells([row])
-        made.add_row(str(layer), *cells)
+        add_row(made, str(layer), *cells)
     made.add_section()
-    made.add_row("all", *(cell for rows in lossy.values() for cell in _cells(rows)), style="bold")
+    add_row(made, "all", *(c for rows in lossy.values() for c in _cells(rows)), style="bold")
     return made
 
 

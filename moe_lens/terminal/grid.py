@@ -30,6 +30,11 @@ def add_numbers(made: Table, *names: str) -> None:
         made.add_column(name, justify="right", no_wrap=True)
 
 
+def add_row(made: Table, *cells: str | Text, style: str = "") -> None:
+    """Add a row. Text is taken as it is: a tag named [red] is no markup."""
+    made.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells), style=style)
+
+
 def notes(*texts: str) -> Text:
     """What a reader needs to understand the table above."""
     return Text("\n" + " ".join(texts), style="dim")

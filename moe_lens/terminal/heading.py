@@ -6,6 +6,7 @@ from rich.table import Table
 
 from moe_lens.queries.info import size
 from moe_lens.terminal.answers import Answers, total
+from moe_lens.terminal.grid import add_row
 from moe_lens.terminal.numbers import count, percent, times
 
 
@@ -33,7 +34,7 @@ def heading(answers: Answers) -> Table:
     grid.add_column()
     for label, text in facts.items():
         if text:
-            grid.add_row(label, text)
+            add_row(grid, label, text)
     return grid
 
 

@@ -30,7 +30,7 @@ class _Cell:
 
 
 class HeatMap:
-    """A rich renderable of `expert_load` rows: a line a layer, a cell an expert."""
+    """A rich renderable of `load_map` rows: a line a layer, a cell an expert."""
 
     def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
         self.layers: dict[int, list[dict[str, Any]]] = defaultdict(list)

@@ -7,30 +7,35 @@ from typing import TYPE_CHECKING
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from moe_lens.terminal.grid import NARROW, add_numbers, notes, table
+from moe_lens.terminal.grid import NARROW, add_numbers, add_row, notes, table
 from moe_lens.terminal.numbers import NONE, count, decimal
 
 if TYPE_CHECKING:
     from moe_lens.terminal.answers import Answers
 
 
+_ROOM = 70
+"""Columns from which the effective number of experts fits."""
+
+
 def balance(answers: Answers, width: int) -> RenderableType:
     """The table, and what its columns mean."""
-    wide = width >= NARROW
+    wide, room = width >= NARROW, width >= _ROOM
     confidence = {row["layer"]: row for row in answers.confidence}
     made = table("layer", tight=not wide)
     add_numbers(made, "tokens", "router\nentropy", *(["top-1\nprob"] if wide else []))
-    add_numbers(made, "load\nentropy", "effective\nexperts", "max/\nmean", "by\nchance")
-    add_numbers(made, "dead", "dormant")
+    add_numbers(made, "load\nentropy", *(["effective\nexperts"] if room else []))
+    add_numbers(made, "max/\nmean", "by\nchance", "dead", "dormant")
     for row in answers.balance:
         sure = confidence.get(row["layer"], {})
-        made.add_row(
+        add_row(
+            made,
             f"{row['layer']}",
             count(row["tokens"]),
             decimal(sure.get("entropy_norm")),
             *([decimal(sure.get("top1_prob"))] if wide else []),
             decimal(row["load_entropy_norm"], 3),
-            _of(row["effective_experts"], row["experts"]),
+            *([_of(row["effective_experts"], row["experts"])] if room else []),
             decimal(row["max_over_mean"]),
             decimal(row["max_over_mean_floor"]),
             _alarm(row["dead_experts"]),

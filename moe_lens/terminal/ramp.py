@@ -32,14 +32,14 @@ _VIRIDIS = (
     (253, 231, 37),
 )
 
-# (below this ratio, character)
+# (below this ratio, character): no plus or minus, since a number may follow
 _STEPS = (
     (0.25, "."),
     (0.5, ":"),
-    (0.8, "-"),
+    (0.8, "~"),
     (1.25, "="),
-    (2.0, "+"),
-    (4.0, "*"),
+    (2.0, "o"),
+    (4.0, "O"),
     (8.0, "#"),
     (float("inf"), "@"),
 )

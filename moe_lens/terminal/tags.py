@@ -9,7 +9,7 @@ from rich.text import Text
 
 from moe_lens.queries.info import phase_order
 from moe_lens.terminal.answers import Answers, total
-from moe_lens.terminal.grid import add_numbers, notes, table
+from moe_lens.terminal.grid import add_numbers, add_row, notes, table
 from moe_lens.terminal.numbers import NONE, count, decimal, percent, times
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def hottest(answers: Answers, width: int) -> list[RenderableType]:
     made = table("tag", *(f"#{place}" for place in range(1, places + 1)))
     for tag in dict.fromkeys(row["tag"] for row in answers.hottest):
         entries = [row for row in answers.hottest if row["tag"] == tag and row["place"] <= places]
-        made.add_row(tag, *(_entry(row, answers.hottest_by) for row in entries))
+        add_row(made, tag, *(_entry(row, answers.hottest_by) for row in entries))
     if answers.hottest_by == "lift":
         note = (
             "L layer, E expert: lift (the tag's share of this expert over everyone's) and, in "
@@ -52,13 +52,13 @@ def losses(answers: Answers) -> list[RenderableType]:
         row = [count(total([r for r in answers.losses if r["tag"] == tag], "tokens"))]
         for phase in phases:
             row += _loss(cells.get((phase, tag), {}).get("loss"))
-        made.add_row(tag, *row)
+        add_row(made, tag, *row)
     if len(answers.tags) > 1:
         made.add_section()
         row = [count(total(answers.losses, "tokens"))]
         for phase in phases:
             row += _loss(_mean(answers, phase))
-        made.add_row("all", *row, style="bold")
+        add_row(made, "all", *row, style="bold")
     note = "Mean per token, as given to rec.loss: nats if cross-entropy; bits = nats / ln 2."
     return [made, notes(note)]
 

@@ -137,7 +137,10 @@ class Forward:
         )
 
     def drop_rows(self) -> None:
-        """Give up the per-token rows, all of them, and say how many."""
+        """Give up the per-token rows, all of them, and say how many.
+
+        Sequences stay: each is handed over once, with the first of its forwards.
+        """
         self.lost_rows += sum(len(x.rows) for x in self.layers if x.rows is not None)
         self.forget_rows()
 
@@ -145,7 +148,7 @@ class Forward:
         """Let go of the memory of the per-token rows."""
         for layer in self.layers:
             layer.rows = None
-        self.tokens, self.sequences = [], []
+        self.tokens = []
 
     def resolve(self) -> Forward:
         return self

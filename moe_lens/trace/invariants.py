@@ -45,16 +45,17 @@ def _layer(x: LayerCounts) -> Iterator[str]:
         yield f"{x.tokens} tokens, but the tags have {int(x.tokens_G.sum())}"
     if x.capacity is not None and not x.expert_choice:
         room = x.capacity * x.capacity_groups
-        if processed.max(initial=0) > room:
-            yield f"an expert computed {processed.max()} choices, over its capacity of {room}"
+        taken = processed + _sum(x.rerouted_in_GE, processed)
+        if taken.max(initial=0) > room:
+            yield f"an expert computed {taken.max()} choices, over its capacity of {room}"
         # Padding takes room too, and is not in `processed`.
-        early = (overflowed > 0) & (processed < room)
+        early = (overflowed > 0) & (taken < room)
         if x.capacity_groups == 1 and not x.padding_tokens and early.any():
             e = int(early.argmax())
-            yield f"expert {e} turned choices away with {processed[e]} of {room} slots taken"
+            yield f"expert {e} turned choices away with {taken[e]} of {room} slots taken"
     if x.expert_choice:
         if x.capacity is not None:
-            full = len(processed) * x.capacity
+            full = len(processed) * x.capacity * x.capacity_groups
             done = int(processed.sum()) + _total(x.padding_GE)
             if done != full:
                 yield f"expert choice must fill E x C = {full} slots, but filled {done}"

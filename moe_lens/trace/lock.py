@@ -24,8 +24,9 @@ class RankLock:
     """
 
     def __init__(self, run: Path, rank: int) -> None:
-        self.path = lock_path(run, rank).absolute()
+        self.path = lock_path(run, rank)
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = self.path.resolve()  # one trace, however its path is spelled
         if self.path in _held:
             raise TraceLocked(
                 f"{run} (rank {rank}) is being written by this very process; "

@@ -8,6 +8,7 @@ Spark and Arrow read the files with no help from us.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import pyarrow as pa
 
@@ -49,7 +50,7 @@ class Table:
     per_token: bool = False
     """Sampled rows that a disk bound (`max_bytes`) may remove, oldest first."""
 
-    @property
+    @cached_property
     def schema(self) -> pa.Schema:
         return pa.schema([pa.field(c.name, c.type, nullable=c.nullable) for c in self.columns])
 
@@ -182,7 +183,7 @@ TABLES: dict[str, Table] = {
         ),
         Table(
             "sequences",
-            "sequence (where per-token rows were kept), with the user's own key columns after these",
+            "sequence of which per-token rows are kept; the user's key columns come last",
             (
                 ATTEMPT,
                 _key("sequence", I64, "number of the sequence on this rank"),
@@ -220,7 +221,7 @@ TABLES: dict[str, Table] = {
                 FORWARD,
                 LAYER,
                 TOKEN,
-                Column("expert_ids", IDS, "choices, in the order the experts got them", "split"),
+                Column("expert_ids", IDS, "choices, in the experts' order", "split"),
                 Column("weights", FLOATS, "gate weights, same order (meta)", "split"),
                 Column("next_ids", IDS, "runners-up by selection score", "split", nullable=True),
                 Column(

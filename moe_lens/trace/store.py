@@ -131,6 +131,7 @@ class TraceStore:
             if over <= 0:
                 return
             self.meta.pruned[name] = self.meta.pruned.get(name, 0) + _rows(path)
+            self.save_meta()  # said before it is done: a death in between loses nothing in silence
             path.unlink()
             over -= sizes[path]
         if over > 0:

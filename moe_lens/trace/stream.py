@@ -22,7 +22,11 @@ class OpenStream:
         # "x": a stream that exists belongs to somebody else, or was left by a dead writer.
         self._file = path.open("xb", buffering=0)
         self.size = 0  # bytes of complete messages
-        self._write(schema.serialize())
+        try:
+            self._write(schema.serialize())
+        except OSError:
+            self.close()
+            raise
 
     def append(self, table: pa.Table) -> None:
         """Append the rows of a table with this schema.
@@ -41,6 +45,7 @@ class OpenStream:
                 view = view[self._file.write(view) :]
         except OSError:
             os.ftruncate(self._file.fileno(), self.size)
+            self._file.seek(self.size)
             raise
         self.size += len(message)
 

@@ -6,6 +6,7 @@ are experts; small ones of one phase (decoding) share a window for about a secon
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import fields, replace
 from typing import Any
@@ -41,6 +42,8 @@ class _LayerSum:
 
     def note(self, counts: LayerCounts) -> None:
         load_E = counts.processed_GE.sum(0)
+        if counts.rerouted_in_GE is not None:
+            load_E = load_E + counts.rerouted_in_GE.sum(0)
         top = int(load_E.argmax()) if len(load_E) else 0
         if self.forwards == 0 or load_E[top] > self.max_load:
             self.max_load, self.max_load_expert = int(load_E[top]), top
@@ -57,13 +60,22 @@ class Window:
         self.step = forward.step
         self.phase = forward.phase
         self.alone = stands_alone(forward)
-        self.tags = list(forward.tags)
+        self._clear()
+
+    def _clear(self) -> None:
+        self.tags: list[str] = []
         self._since = time.monotonic()
         self._layers: dict[int, _LayerSum] = {}
-        self._tokens_G = np.zeros(len(self.tags), np.int64)
-        self._sequences_G = np.zeros(len(self.tags), np.int64)
-        self._loss_sum_G = np.zeros(len(self.tags))
-        self._loss_tokens_G = np.zeros(len(self.tags), np.int64)
+        self._tokens_G = np.zeros(0, np.int64)
+        self._sequences_G = np.zeros(0, np.int64)
+        self._loss_sum_G = np.zeros(0)
+        self._loss_tokens_G = np.zeros(0, np.int64)
+
+    def emptied(self) -> Window:
+        """This window once more, for what belongs to it and came after its rows were written."""
+        again = copy.copy(self)
+        again._clear()
+        return again
 
     def takes(self, forward: Forward) -> bool:
         """Whether this forward may still be summed into this window."""
@@ -121,22 +133,20 @@ class Window:
         shape = [x.routed_GE.shape for x in counts]
         size = [g * e for g, e in shape]
         flat = {n: _flat(counts, f"{n}_GE", size) for n in _LOAD_COUNTS}
-        seen = np.zeros(sum(size), bool)
-        for name in ("routed", "processed", "padding", "prob_sum", "received"):
-            seen |= np.nan_to_num(flat[name]) != 0
-        at = np.flatnonzero(seen)
+        signs = [flat[n] for n in _LOAD_COUNTS if n != "weight_sum"]
+        at = np.flatnonzero(np.any([(x != 0) & (x == x) for x in signs if x is not None], axis=0))
         layer = np.repeat([x.layer for x in counts], size)[at]
         tag = np.concatenate([np.repeat(np.arange(g), e) for g, e in shape])[at]
         expert = np.concatenate([np.tile(np.arange(e), g) for g, e in shape])[at]
-        columns: dict[str, Any] = {n: flat[n][at] for n in _LOAD_COUNTS}
+        columns: dict[str, Any] = {n: _at(x, at) for n, x in flat.items()}
         for name in ("prob_sum", "weight_sum"):
-            columns[name] = _nullable(keep_mantissa(columns[name], SUM_BITS))
-        received = columns.pop("received")
-        columns["received"] = pa.array(received, from_pandas=True).cast(pa.int64())
+            if columns[name] is not None:
+                columns[name] = _nullable(keep_mantissa(columns[name], SUM_BITS))
+        if columns["received"] is not None:
+            columns["received"] = _nullable(columns["received"]).cast(pa.int64())
         return self._rows("load", layer=layer, tag=self._tag(tag), expert=expert, **columns)
 
     def _layer_rows(self, sums: list[_LayerSum]) -> pa.Table:
-        null = pa.nulls(len(sums), pa.int64())
         return self._rows(
             "layers",
             layer=[s.counts.layer for s in sums],
@@ -147,19 +157,21 @@ class Window:
             max_load=[s.max_load for s in sums],
             max_load_expert=[s.max_load_expert for s in sums],
             touched=[s.touched for s in sums],
-            dispatch_ns=null,
-            combine_ns=null,
+            dispatch_ns=None,
+            combine_ns=None,
         )
 
     def _routers(self, sums: list[_LayerSum]) -> pa.Table:
         counts = [s.counts for s in sums]
         size = [len(self.tags)] * len(sums)
         flat = {n: _flat(counts, f"{n}_G", size) for n in (*_ROUTER_COUNTS, *_ROUTER_SUMS)}
-        at = np.flatnonzero(flat["tokens"])
+        tokens = flat["tokens"]
+        assert tokens is not None
+        at = np.flatnonzero(tokens)
         layer = np.repeat([x.layer for x in counts], size)[at]
         tag = np.tile(np.arange(len(self.tags)), len(sums))[at]
-        columns: dict[str, Any] = {n: flat[n][at] for n in _ROUTER_COUNTS}
-        columns |= {n: _nullable(flat[n][at]) for n in _ROUTER_SUMS}
+        columns: dict[str, Any] = {n: _at(flat[n], at) for n in _ROUTER_COUNTS}
+        columns |= {n: None if (x := flat[n]) is None else _nullable(x[at]) for n in _ROUTER_SUMS}
         return self._rows("routers", layer=layer, tag=self._tag(tag), **columns)
 
     def _slices(self) -> pa.Table:
@@ -199,26 +211,40 @@ _NULL_WHEN_UNSEEN = {"prob_sum", "received", *_ROUTER_SUMS}
 
 
 def as_table(name: str, columns: dict[str, Any]) -> pa.Table:
-    """Columns (arrays, by the schema's names) as a table of the format, cast to its types."""
+    """Columns by the schema's names as a table of the format, cast to its types; None: all null."""
     schema = TABLES[name].schema
     columns = {_RENAMED.get(k, k): v for k, v in columns.items()}
-    arrays = [
-        v.cast(f.type) if isinstance(v := columns[f.name], pa.Array) else pa.array(v, f.type)
-        for f in schema
-    ]
-    return pa.Table.from_arrays(arrays, schema=schema)
+    n = max(len(v) for v in columns.values() if v is not None)
+    return pa.Table.from_arrays([_array(columns[f.name], f.type, n) for f in schema], schema=schema)
 
 
-def _flat(counts: list[LayerCounts], name: str, size: list[int]) -> NDArray[Any]:
-    """One array of all layers; where a layer has none: NaN if null means unseen, else 0."""
+def _array(x: Any, kind: pa.DataType, n: int) -> pa.Array:
+    if x is None:
+        return pa.nulls(n, kind)
+    if isinstance(x, pa.Array):
+        return x if x.type == kind else x.cast(kind)
+    return pa.array(x, kind)
+
+
+def _flat(counts: list[LayerCounts], name: str, size: list[int]) -> NDArray[Any] | None:
+    """One array of all layers; where one has none: NaN if null means unseen, else 0.
+
+    None where no layer has any and null means unseen.
+    """
     bare = name.rpartition("_")[0]
-    blank = np.nan if bare in _NULL_WHEN_UNSEEN else 0
-    parts = [
-        x.ravel() if (x := getattr(c, name)) is not None else np.full(n, blank)
-        for c, n in zip(counts, size, strict=True)
-    ]
-    whole = np.concatenate(parts)
-    return whole if blank != 0 or bare.endswith("_sum") else whole.astype(np.int64, copy=False)
+    given = [getattr(c, name) for c in counts]
+    if bare in _NULL_WHEN_UNSEEN:
+        if all(x is None for x in given):
+            return None
+        blank: float = np.nan
+    else:
+        blank = 0.0 if bare.endswith("_sum") else 0
+    pairs = zip(given, size, strict=True)
+    return np.concatenate([np.full(n, blank) if x is None else x.ravel() for x, n in pairs])
+
+
+def _at(x: NDArray[Any] | None, at: NDArray[np.int64]) -> NDArray[Any] | None:
+    return None if x is None else x[at]
 
 
 def _nullable(x: NDArray[Any]) -> pa.Array:
@@ -254,14 +280,13 @@ def _merge(into: LayerCounts, x: LayerCounts, at_G: NDArray[np.int64], n: int) -
     into.tokens += x.tokens
     into.padding_tokens += x.padding_tokens
     for name in _SUMMED:
-        new = getattr(x, name)
+        old, new = getattr(into, name), getattr(x, name)
+        if (old is None or new is None) and name.rpartition("_")[0] in _NULL_WHEN_UNSEEN:
+            setattr(into, name, None)  # unknown for some of the forwards: unknown
+            continue
         if new is None:
             continue
-        old = getattr(into, name)
         if old is None:
-            # Counts nobody saw before are zero so far; sums that were unknown stay unknown.
-            if name.rpartition("_")[0] in _NULL_WHEN_UNSEEN:
-                continue
             old = np.zeros((n, *new.shape[1:]), new.dtype)
             setattr(into, name, old)
         old[at_G] += new

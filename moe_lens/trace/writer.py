@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 
 from moe_lens.errors import TraceWriteError
@@ -81,7 +80,7 @@ class TraceWriter:
         self._attempt = meta.attempts[-1].attempt
         self._next_window = first_window
         self._window: Window | None = None
-        self._last_step, self._last_phase = 0, "eval"  # of the window closed last
+        self._last: Window | None = None  # the window closed last
         self._queue_bytes = queue_bytes
         self._events: deque[_Item] = deque()
         self._waiting_bytes = 0
@@ -159,13 +158,9 @@ class TraceWriter:
                 self._events.clear()
                 ending = self._closing and not batch
                 self._changed.notify_all()
-            try:
-                self._handle(batch)
-                if ending and self.failed is None:
-                    self._finish()
-            except Exception as e:  # whatever it is, the model's thread must hear of it
-                self._fail(e)
+            self._handle(batch)
             if ending:
+                self._finish()
                 return
 
     def _fail(self, e: Exception) -> None:
@@ -199,9 +194,9 @@ class TraceWriter:
                     self._close_window(out)
                 self._append(out)
                 self._store.seal_old()
-        except Exception:
+        except Exception as e:  # whatever it is, the model's thread must hear of it
             self.lost_forwards += len(forwards)
-            raise
+            self._fail(e)
         finally:
             with self._changed:
                 self._waiting_bytes -= sizes
@@ -247,18 +242,15 @@ class TraceWriter:
         if self._window is None:
             # The window was closed by a flush between the forward and its losses: sums merge, so
             # the losses go into further rows of the same window.
-            self._next_window -= 1
-            none = np.zeros(0, np.int64)
-            blank = Forward(self._last_step, 0, self._last_phase, 0, [], none, none)
-            self._window = Window(self._next_window, self._attempt, blank)
-            self._next_window += 1
+            assert self._last is not None  # there are losses of forwards only
+            self._window = self._last.emptied()
         self._window.add_losses(losses)
         out.setdefault("outcomes", []).append(rows.outcome_table(losses, self._attempt))
 
     def _close_window(self, out: dict[str, list[pa.Table]]) -> None:
         if self._window is None:
             return
-        self._last_step, self._last_phase = self._window.step, self._window.phase
+        self._last = self._window
         for name, table in self._window.tables().items():
             out.setdefault(name, []).append(table)
         self._window = None
@@ -270,7 +262,12 @@ class TraceWriter:
         out.clear()
 
     def _finish(self) -> None:
+        if self.failed is not None:
+            return
         out: dict[str, list[pa.Table]] = {}
-        self._close_window(out)
-        self._append(out)
-        self._store.close()
+        try:
+            self._close_window(out)
+            self._append(out)
+            self._store.close()
+        except Exception as e:
+            self._fail(e)

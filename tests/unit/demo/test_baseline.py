@@ -56,9 +56,9 @@ def test_probabilities_sum_to_one(order: int, history: bytes) -> None:
 def test_fitted_weights_beat_the_weights_they_start_from() -> None:
     rng = np.random.default_rng(0)
     words = [b"router", b"expert", b"token", b"load", b"gate"]
-    text = as_bytes(b" ".join(words[i] for i in rng.integers(5, size=20_000)))
-    model = NgramModel(2, [text[:80_000]])
-    windows = text[None, 90_000:]
+    text = as_bytes(b" ".join(words[i] for i in rng.integers(5, size=60_000)))
+    model = NgramModel(2, [text[:250_000]])
+    windows = text[None, 260_000:]
     fitted = model.bits(windows).mean()
     model.weights = [np.full_like(weights, 0.5) for weights in model.weights]
     assert fitted < model.bits(windows).mean()

@@ -424,9 +424,11 @@ def test_a_router_that_means_other_experts_than_ran_is_a_breach(model, run):
 def test_experts_that_are_bypassed_are_a_breach_that_names_the_block(model, run):
     block = model.blocks[1]
     block.forward = lambda x: x  # as a fused kernel would: no child module is called
-    with moe_lens.record(model, run) as rec, pytest.raises(
-        moe_lens.CaptureBreach, match=r"blocks\.1 ran, but its experts were not"
-    ), rec.step():
+    with (
+        moe_lens.record(model, run) as rec,
+        pytest.raises(moe_lens.CaptureBreach, match=r"blocks\.1 ran, but its experts were not"),
+        rec.step(),
+    ):
         model(IDS)
 
 

@@ -110,7 +110,8 @@ def test_ids_out_of_range_are_counted_and_not_trusted():
 def test_nan_weights_are_a_problem():
     seen = Observed(torch.tensor([[0, 1]]), torch.tensor([[math.nan, 1.0]]))
     _, _, problems = reduce(seen, describe(1, 1, None, None), None, E, logits=False)
-    assert int(problems["gate weights that are NaN or infinite"]) == 1
+    assert int(problems["experts with a gate weight that is NaN or infinite"]) == 1
+    assert int(problems["expert ids out of range"]) == 0
 
 
 def test_router_that_says_other_ids_than_the_experts_got_shows_in_routed():

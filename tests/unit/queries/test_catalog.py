@@ -62,7 +62,10 @@ def test_binds_values_from_python_and_from_text(given: dict, expected: dict) -> 
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"fist_step": 1}, r"no parameter 'fist_step'. It has: first_step \(int, default 3\), phase"),
+        (
+            {"fist_step": 1},
+            r"no parameter 'fist_step'. It has: first_step \(int, default 3\), phase",
+        ),
         ({"first_step": "x"}, "first_step must be int, got 'x'. It is: first step that counts."),
         ({"first_step": 1.5}, "must be int, got 1.5"),
         ({"first_step": True}, "must be int, got True"),
@@ -77,7 +80,7 @@ def test_a_wrong_parameter_is_named(given: dict, says: str) -> None:
 
 
 def test_an_unknown_question_lists_the_known() -> None:
-    with pytest.raises(QueryError, match="(?s)Did you mean expert_load.*capture_health, dropped"):
+    with pytest.raises(QueryError, match=r"(?s)Did you mean expert_load.*capture_health, dropped"):
         question("experts_load")
 
 

@@ -110,6 +110,8 @@ def same(got: float | None, expected: float | None) -> bool:
 def test_expert_load(load: list[dict[str, Any]], narrow: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as folder, trace_of(Path(folder), load=load) as trace:
         got = ask(trace, "expert_load", narrow, "layer", "expert")
+        quick = ask(trace, "load_map", narrow, "layer", "expert")
+    assert quick == {k: {c: row[c] for c in quick[k]} for k, row in got.items()}
     assert sorted(got) == [(la, e) for la in range(LAYERS) for e in range(EXPERTS)]
     rows = kept(load, narrow)
     for (layer, expert), row in got.items():

@@ -37,7 +37,7 @@ def tables(draw: st.DrawFn) -> pa.Table:
     return table.slice(draw(st.integers(0, n)))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(tables(), st.data())
 def test_takes_what_pyarrow_takes(table: pa.Table, data: st.DataObject) -> None:
     n = table.num_rows

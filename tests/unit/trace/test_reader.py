@@ -112,7 +112,7 @@ def test_a_missing_stream_is_said_to_be_missing(tmp_path: Path) -> None:
         (lambda data: data[:-8] + (10**6).to_bytes(4, "little") + b"PAR1", "footer says 1,000,000"),
     ],
 )
-def test_a_damaged_segment_is_named(tmp_path: Path, damage, says: str) -> None:  # noqa: ANN001
+def test_a_damaged_segment_is_named(tmp_path: Path, damage, says: str) -> None:
     write_run(tmp_path)
     bad = segment(tmp_path, "load", rows(100), seq=1)
     bad.write_bytes(damage(bad.read_bytes()))
@@ -153,7 +153,7 @@ def test_a_foreign_folder(tmp_path: Path) -> None:
 def test_a_folder_of_traces_names_them(tmp_path: Path) -> None:
     write_run(tmp_path / "run1")
     write_run(tmp_path / "run2")
-    with pytest.raises(TraceError, match="folder of traces.*run1, run2"):
+    with pytest.raises(TraceError, match=r"folder of traces.*run1, run2"):
         open_run(tmp_path)
 
 

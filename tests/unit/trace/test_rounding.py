@@ -27,7 +27,7 @@ def by_hand(x: float, bits: int) -> float:
     return round(mantissa * scale) / scale * 2.0**exponent
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(st.lists(normal, min_size=1, max_size=20), bits)
 def test_rounds_to_the_nearest_with_these_bits_half_to_even(values: list[float], bits: int) -> None:
     got = keep_mantissa(np.array(values, np.float32), bits)
@@ -35,7 +35,7 @@ def test_rounds_to_the_nearest_with_these_bits_half_to_even(values: list[float],
     assert got.tolist() == [by_hand(x, bits) for x in values]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(normal, min_size=1, max_size=20))
 def test_errors_are_as_stated(values: list[float]) -> None:
     exact = np.array(values, np.float32).astype(np.float64)
