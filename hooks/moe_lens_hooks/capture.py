@@ -196,7 +196,7 @@ class Capture:
                 "compiled code may bypass it); see docs/hooks.md"
             )
             return
-        with torch.no_grad():
+        with torch.inference_mode():
             self._fire(self.current, layer, times, shape, seen)
 
 

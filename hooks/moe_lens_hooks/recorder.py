@@ -301,7 +301,7 @@ class Recorder:
         )
         policy = None if kept is None else "unknown"
         info = LayerInfo(-1, str(layer), E, K, adapter="rec.log", capacity_policy=policy)
-        with torch.no_grad():
+        with torch.inference_mode():
             self._intake.take(forward, key, info, None, shape, seen)
 
     def flush(self) -> None:

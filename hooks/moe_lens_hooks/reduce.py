@@ -44,25 +44,21 @@ def reduce(
     assert seen.expert_ids_TK is not None
     assert seen.weights_TK is not None
     raw_TK, weights_TK = seen.expert_ids_TK.detach(), seen.weights_TK.detach()
-    ids_TK, invalid = _in_range(raw_TK, experts)
-    problems = {"expert ids out of range": invalid}
-    problems |= {k: torch.as_tensor(v) for k, v in seen.problems.items()}
+    problems = {k: torch.as_tensor(v) for k, v in seen.problems.items()}
+    ids_TK = _in_range(raw_TK, experts, "expert ids out of range", problems)
     tally = _Tally(batch, experts)
     kept_TK = None if seen.kept_TK is None else seen.kept_TK.detach()
 
     counts = {"tokens_G": batch.tokens_G}
     processed = tally.choices(ids_TK, kept_TK)
     counts["processed_GE"] = tally.valid(processed)
-    weight_sums = tally.choices(ids_TK, kept_TK, weights_TK)
-    counts["weight_sum_GE"] = tally.valid(weight_sums)
-    problems["experts with a gate weight that is NaN or infinite"] = (~weight_sums.isfinite()).sum()
+    counts["weight_sum_GE"] = tally.valid(tally.choices(ids_TK, kept_TK, weights_TK))
     own_TK = seen.router_ids_TK
     if own_TK is None or (own_TK is seen.expert_ids_TK and kept_TK is None):
         # One and the same tensor object left the router and entered the experts.
         own_TK, routed = ids_TK, processed if kept_TK is None else tally.choices(ids_TK)
     else:
-        own_TK, invalid = _in_range(own_TK.detach(), experts)
-        problems["router ids out of range"] = invalid
+        own_TK = _in_range(own_TK.detach(), experts, "router ids out of range", problems)
         routed = tally.choices(own_TK)
     counts["routed_GE"] = tally.valid(routed)
     if batch.padded:
@@ -130,14 +126,14 @@ class _Tally:
         return x[len(self.batch.tags) :]
 
 
-def _in_range(ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """Ids clamped into range, and how many were not."""
+def _in_range(ids_TK: Tensor, experts: int, text: str, problems: Numbers) -> Tensor:
+    """Ids clamped into range; how many were not is a problem of this name."""
     if ids_TK.device.type == "cpu" and len(ids_TK):
         low, high = ids_TK.aminmax()  # on a CPU, looking costs less than clamping
         if low >= 0 and high < experts:
-            return ids_TK, torch.zeros((), dtype=torch.int64)
-    wrong = (ids_TK < 0) | (ids_TK >= experts)
-    return ids_TK.clamp(0, experts - 1), wrong.sum()
+            return ids_TK
+    problems[text] = ((ids_TK < 0) | (ids_TK >= experts)).sum()
+    return ids_TK.clamp(0, experts - 1)
 
 
 def _count_at(index: Tensor, size: int) -> Tensor:
@@ -217,7 +213,8 @@ def _confidence(
         values_TM = torch.where(finite_T.unsqueeze(-1), values_TM, 0.0)
     sums = tally.valid(tally.tokens(values_TM.double()))
     counts |= {f"{name}_sum_G": sums[:, i] for i, name in enumerate(per_token)}
-    counts["nonfinite_G"] = tally.valid(tally.tokens((~finite_T).long()))
+    if not whole:
+        counts["nonfinite_G"] = tally.valid(tally.tokens((~finite_T).long()))
     if not rows:
         return
     at = batch.rows_N

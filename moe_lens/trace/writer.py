@@ -86,6 +86,9 @@ class TraceWriter:
         self._waiting_bytes = 0
         self._changed = threading.Condition()
         self._closing = False
+        # The first array makes pyarrow load pandas and its compute functions, half a second of CPU:
+        # now, not beside the model's first step.
+        pa.array([0]).cast(pa.int32())
         self._thread = threading.Thread(target=self._work, name="moe_lens writer", daemon=True)
         self._thread.start()
 

@@ -80,9 +80,6 @@ def test_a_refused_writer_does_not_cost_the_first_its_lock(tmp_path: Path) -> No
     assert tried_elsewhere(tmp_path) == ""
 
 
-@pytest.mark.xfail(
-    strict=True, reason="_held compares paths as spelled; POSIX locks do not exclude their process"
-)
 @pytest.mark.parametrize("spelled", ["dots", "symlink"])
 def test_another_spelling_of_the_path_is_the_same_trace(tmp_path: Path, spelled: str) -> None:
     run = tmp_path / "run"

@@ -127,7 +127,8 @@ def test_rows_whose_stream_outlived_their_segment_are_not_doubled(tmp_path: Path
 def test_temporary_files_are_removed(tmp_path: Path) -> None:
     left_by_a_dead_writer(tmp_path)
     folder = layout.segment_dir(tmp_path, "load", 0)
-    (folder / ".seg-00000002.tmp").write_bytes(b"PAR1 half of a segment")
+    for n in (2, 5):  # of the stream that is sealed again, and of one that nobody knows
+        (folder / f".seg-0000000{n}.tmp").write_bytes(b"PAR1 half of a segment")
     (folder / "notes.tmp.txt").write_text("not ours")
     recover(tmp_path)
     assert sorted(p.name for p in folder.iterdir()) == [

@@ -305,8 +305,9 @@ def test_a_loss_of_a_whole_sequence_has_no_position() -> None:
 def test_a_step_says_what_was_lost_and_what_was_not_seen() -> None:
     forward = event(seen([Router(0, 8, 2), Router(1, 8, 2)], lengths=(3,)))
     forward.fires_seen = 1
+    forward.lost_rows = 5  # capture lost some before
     forward.drop_rows()
     (row,) = rows.step_row(forward, 0, 9, 4).to_pylist()
-    assert row["lost_rows"] == 6
+    assert row["lost_rows"] == 5 + 6
     assert (row["fires_expected"], row["fires_seen"]) == (2, 1)
     assert (row["window"], row["breaches"], row["sampled"]) == (9, 4, True)

@@ -176,9 +176,6 @@ def test_without_a_bound_nothing_is_removed(tmp_path: Path) -> None:
     assert meta.pruned == {}
 
 
-@pytest.mark.xfail(
-    strict=True, reason="_prune does not save the meta: a writer that dies then loses in silence"
-)
 def test_what_was_pruned_is_on_disk_before_it_is_gone(tmp_path: Path) -> None:
     meta = new_meta()
     s = TraceStore(tmp_path, meta, max_bytes=1000)

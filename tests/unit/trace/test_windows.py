@@ -158,6 +158,12 @@ def test_max_load_is_the_largest_in_one_forward_and_touched_adds_up() -> None:
     assert (row["forwards"], row["tokens"]) == (3, 3)
 
 
+def test_choices_moved_to_an_expert_are_load_of_it() -> None:
+    own, moved = np.array([[3, 0, 2, 0]]), np.array([[0, 1, 2, 0]])
+    (row,) = window(forward(layer(processed_GE=own, rerouted_in_GE=moved)))["layers"]
+    assert (row["max_load"], row["max_load_expert"], row["touched"]) == (4, 2, 3)
+
+
 def test_max_load_is_of_an_expert_over_all_tags() -> None:
     counts = np.array([[2, 0, 3, 0], [2, 0, 0, 0]])
     f = forward(layer(tags=2, processed_GE=counts, routed_GE=counts), tags=("code", "prose"))
@@ -189,9 +195,6 @@ def test_load_leaves_out_zeros_and_nothing_else(name: str) -> None:
     assert row[name.removesuffix("_GE")] == 2
 
 
-@pytest.mark.xfail(
-    strict=True, reason="Window._load looks at processed alone: reroutings into an idle expert go"
-)
 def test_load_keeps_an_expert_that_got_rerouted_choices_alone() -> None:
     counts = layer(
         routed_GE=np.array([[3, 0, 0, 0]]),
@@ -239,7 +242,6 @@ def test_a_sum_that_was_unknown_at_first_stays_unknown() -> None:
     assert got["load"][0]["prob_sum"] is None
 
 
-@pytest.mark.xfail(strict=True, reason="_merge skips the unknown: a sum of some tokens alone")
 def test_a_sum_that_becomes_unknown_is_unknown() -> None:
     got = window(known(True), known(False))
     assert got["routers"][0]["tokens"] == 2
@@ -373,10 +375,6 @@ def _appended(writer: TraceWriter, monkeypatch: pytest.MonkeyPatch, table: str) 
     return done
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the window that losses reopen after a flush forgets that its forward stood alone",
-)
 def test_a_forward_that_stood_alone_shares_no_window_after_a_flush_and_its_losses(
     tmp_path: Path,
 ) -> None:

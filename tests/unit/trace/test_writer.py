@@ -64,7 +64,6 @@ class Gate:
 def w(tmp_path: Path) -> Iterator[TraceWriter]:
     w = TraceWriter(tmp_path, new_meta())
     yield w
-    w._store.abandon()  # for tests in which it fails
     try:
         w.close()
     except TraceWriteError:
@@ -245,9 +244,6 @@ def test_over_its_bytes_the_queue_gives_up_rows_a_forward_at_a_time(
     assert routed(tmp_path) == dict.fromkeys(range(9), TOKENS * 2 * LAYERS)  # counts are exact
 
 
-@pytest.mark.xfail(
-    strict=True, reason="drop_rows drops the sequences too, which capture hands over only once"
-)
 def test_a_sequence_whose_first_rows_were_given_up_is_still_listed(tmp_path: Path) -> None:
     known: set[int] = set()
     prompt = event(seen(MODEL, lengths=(9,), phase="prefill"), known=known)
@@ -370,6 +366,7 @@ def test_a_refusing_disk_is_told_once_and_stops_nobody(
     assert w.failed is error.value
     assert w.lost_forwards == 21
     assert not w._thread.is_alive()
+    assert w._store._open == {}  # no file stays open
     assert routed(w.run) == {0: TOKENS * 2 * LAYERS}
     assert rows_of_steps(w.run) == {0: TOKENS * LAYERS}
 
@@ -409,9 +406,6 @@ def test_whatever_goes_wrong_on_the_thread_reaches_the_caller(w: TraceWriter) ->
     assert w.lost_forwards == 1
 
 
-@pytest.mark.xfail(
-    strict=True, reason="_handle releases the flush before _work has set `failed`: a race"
-)
 def test_flush_never_returns_before_the_failure_is_known(
     w: TraceWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
