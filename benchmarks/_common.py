@@ -108,7 +108,12 @@ class Report:
     gates: list[dict[str, Any]] = field(default_factory=list)
 
     def gate(
-        self, name: str, value: float, *, at_most: float | None = None, at_least: float | None = None
+        self,
+        name: str,
+        value: float,
+        *,
+        at_most: float | None = None,
+        at_least: float | None = None,
     ) -> None:
         """A number that must not be above, or below, a bound."""
         passed = at_most is None or value <= at_most

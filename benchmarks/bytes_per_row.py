@@ -77,7 +77,9 @@ def main() -> int:
             rows, size, columns = bytes_of(folder / run, name)
             per = {c: b / n for c, b in columns.items()}
             lines += [[name, unit, f"{rows:,}", f"{size / n:,.2f}", f"{size / rows:.2f}"]]
-            lines += [["  " + c, "", "", f"{b:,.3f}", f"{b * n / rows:.3f}"] for c, b in per.items()]
+            lines += [
+                ["  " + c, "", "", f"{b:,.3f}", f"{b * n / rows:.3f}"] for c, b in per.items()
+            ]
             report.numbers[name] = {
                 "unit": unit,
                 "units": n,

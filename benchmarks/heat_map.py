@@ -41,7 +41,9 @@ def write(run: Path, shape: Shape, steps: int) -> int:
             for i in range(shape.layers)
         ]
     )
-    layers = [LayerInfo(i, f"layers.{i}.mlp", shape.experts, shape.top_k) for i in range(shape.layers)]
+    layers = [
+        LayerInfo(i, f"layers.{i}.mlp", shape.experts, shape.top_k) for i in range(shape.layers)
+    ]
     writer = TraceWriter(run, Meta("heat map", layers=layers, attempts=[Attempt(0, 0)]))
     g = np.random.default_rng(shape.seed)
     for step in range(steps):
@@ -107,9 +109,7 @@ def main() -> int:
             "best_cpu_ms": 1e3 * min(t),
             "median_cpu_ms": 1e3 * statistics.median(t),
         }
-    report.gate(
-        "heat map, CPU ms", 1e3 * statistics.median(taken["heat map"]), at_most=300
-    )
+    report.gate("heat map, CPU ms", 1e3 * statistics.median(taken["heat map"]), at_most=300)
     return report.finish(keep=not quick)
 
 

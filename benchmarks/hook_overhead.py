@@ -28,12 +28,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import moe_lens_hooks.capture
 import torch
 import transformers
 from _common import Pairs, Report, interleaved, is_quick, progress, scratch, table
-from moe_lens_hooks.recorder import Recorder
 from torch import Tensor, nn
+
+import moe_lens_hooks.capture
+from moe_lens_hooks.recorder import Recorder
 
 SEED = 2026
 CONFIG: dict[str, Any] = {

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from itertools import pairwise
 
 import psutil
 from _common import Report, is_quick, progress, scratch, table
@@ -67,9 +68,7 @@ def main() -> int:
     per_forward = shape.tokens * shape.layers
     warm_up = 1 + SEAL_ROWS // per_forward  # forwards until the first segment is sealed
     n = -(-wanted // per_forward)
-    report = Report(
-        "memory", shape.described() | {"token_layers": n * per_forward}, ("psutil",)
-    )
+    report = Report("memory", shape.described() | {"token_layers": n * per_forward}, ("psutil",))
     with scratch() as run:
         writer = TraceWriter(run, Meta("memory", attempts=[Attempt(0, 0)]))
         sampler = Sampler()
@@ -87,12 +86,12 @@ def main() -> int:
             raise SystemExit(f"lost {writer.lost_rows} rows, breaches: {writer.take_breaches()}")
     third = n // 3
     bounds = [warm_up + third * i for i in range(3)] + [warm_up + n]
-    peaks = [sampler.peak(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    peaks = [sampler.peak(a, b) for a, b in pairwise(bounds)]
     table(
         ["forwards", "token-layers", "peak resident"],
         [
             [f"{a} to {b}", f"{(b - a) * per_forward / 1e6:.1f} M", f"{p / 2**20:.0f} MiB"]
-            for a, b, p in zip(bounds, bounds[1:], peaks, strict=False)
+            for (a, b), p in zip(pairwise(bounds), peaks, strict=True)
         ],
     )
     growth = peaks[-1] / peaks[0] - 1

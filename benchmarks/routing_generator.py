@@ -74,9 +74,9 @@ class RoutingGenerator:
         ranks = np.log(np.arange(1, s.experts + 1))
         # Zipf exponents that grow with depth: later layers are more skewed.
         depth = np.linspace(0.0, 1.0, s.layers)
-        self._popular = np.stack(
-            [-(0.35 + 0.25 * d) * g.permutation(ranks) for d in depth]
-        ).astype(np.float32)
+        self._popular = np.stack([-(0.35 + 0.25 * d) * g.permutation(ranks) for d in depth]).astype(
+            np.float32
+        )
         like = (s.layers, s.domains, s.experts)
         self._domain = _scaled(g.standard_normal(like), 0.3 + 0.5 * depth)
         like = (s.layers, s.token_types, s.experts)

@@ -8,8 +8,8 @@ already, with the same encodings and row groups. Gate: at least 0.8 of its rate.
 Counting: choices per expert as the hooks count them (`moe_lens_hooks.reduce`) against bare
 `np.bincount` of the same int64 ids. Gate: at least 0.8 of its rate.
 
-Also printed, without a gate: the whole trace writer (invariants, windows and all tables), its parts,
-and an A/A pair of each bare side.
+Also printed, without a gate: the whole trace writer (invariants, windows and all tables), the
+building of the Arrow tables alone, and an A/A pair of each bare side.
 
     python benchmarks/writer_throughput.py [--quick]
 """
@@ -21,23 +21,25 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from _common import Pairs, Report, interleaved, is_quick, scratch, table
-from moe_lens_hooks.batch import Batch
-from moe_lens_hooks.reduce import _Tally
 from routing_generator import RoutingGenerator, Shape
 
 from moe_lens.trace import layout, rows
 from moe_lens.trace.events import Forward
 from moe_lens.trace.meta import Attempt, Meta
 from moe_lens.trace.schema import TABLES
-from moe_lens.trace.segment import ROW_GROUP
+from moe_lens.trace.segment import ROW_GROUP, open_parquet
 from moe_lens.trace.store import TraceStore
 from moe_lens.trace.writer import TraceWriter
+from moe_lens_hooks.batch import Batch
+from moe_lens_hooks.reduce import _Tally
 
 ROUTING = TABLES["routing"]
 
@@ -62,23 +64,11 @@ def through_writer(run: Path, forwards: list[Forward]) -> None:
         raise SystemExit(f"lost {writer.lost_rows} rows, breaches: {writer.take_breaches()}")
 
 
-def bare(path: Path, sealed: pa.Table) -> None:
-    """`pyarrow.parquet.write_table`, told everything that the trace's format asks for."""
-    leaf = {f.name: f.name + ".list.element" * pa.types.is_list(f.type) for f in sealed.schema}
-    packed: dict[str, list[str]] = {"dictionary": [], "split": []}
-    for column in ROUTING.columns:
-        packed[column.packing].append(leaf[column.name])
-    pq.write_table(
-        sealed,
-        path,
-        row_group_size=ROW_GROUP,
-        compression="zstd",
-        compression_level=1,
-        use_dictionary=packed["dictionary"],
-        column_encoding=dict.fromkeys(packed["split"], "BYTE_STREAM_SPLIT"),
-        write_statistics=[c.name for c in ROUTING.columns if c.packing == "dictionary"],
-        store_schema=False,
-    )
+def parquet_options(path: Path) -> dict[str, Any]:
+    """What the trace's writer tells pyarrow of encodings, pages, compression and statistics."""
+    with mock.patch.object(pq, "ParquetWriter") as writer:
+        open_parquet(path, ROUTING)
+    return dict(writer.call_args.kwargs)
 
 
 def writing(folder: Path, forwards: list[Forward], rounds: int) -> dict[str, Pairs]:
@@ -94,16 +84,18 @@ def writing(folder: Path, forwards: list[Forward], rounds: int) -> dict[str, Pai
     # Read back as a list of plain chunks, in one piece: what a caller of write_table would hold.
     sealed = pq.read_table(segment).cast(ROUTING.schema).combine_chunks()
     target = folder / "bare.parquet"
-    bare(target, sealed)
+    options = parquet_options(target)
+
+    def write_bare() -> None:
+        pq.write_table(sealed, target, row_group_size=ROW_GROUP, **options)
+
+    write_bare()
     if abs(target.stat().st_size / segment.stat().st_size - 1) > 0.01:
         raise SystemExit("the two files differ in size: not the same encodings")
 
     def build() -> None:
         for forward in forwards:
             rows.routing_tables(forward, 0, exact=False)
-
-    def write_bare() -> None:
-        bare(target, sealed)
 
     sides: dict[str, Callable[[], None]] = {
         "routing rows through the store": lambda: through_store(run(), forwards),
@@ -116,7 +108,9 @@ def writing(folder: Path, forwards: list[Forward], rounds: int) -> dict[str, Pai
 
 def counting(forward: Forward, rounds: int) -> dict[str, Pairs]:
     """Pairs with `np.bincount` first: the ids of all layers of a forward, one layer a call."""
-    ids = [torch.from_numpy(x.rows.expert_ids_NK.astype(np.int64)) for x in forward.layers if x.rows]
+    ids = [
+        torch.from_numpy(x.rows.expert_ids_NK.astype(np.int64)) for x in forward.layers if x.rows
+    ]
     bare_ids = [x.numpy().ravel() for x in ids]
     T, E = len(ids[0]), forward.layers[0].routed_GE.shape[1]
     none = np.zeros(T, np.int64)

@@ -44,7 +44,33 @@ class Observed:
     problems: dict[str, int | Tensor] = field(default_factory=dict)
     """What the adapter found contradictory, and for how many tokens (a 0-dim tensor may stay on
     its device)."""
+    held: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
+    """Tensors as they were when they were seen, with their versions; see `hold`."""
 
+    def hold(self) -> None:
+        """Make what was just seen safe to look at when the forward is over.
+
+        Tensors are held by reference, and their versions tell a later change in place. Those of
+        inference mode have no version: they are copied.
+        """
+        for name in _TENSORS:
+            tensor = getattr(self, name)
+            if tensor is None or (name in self.held and self.held[name][0] is tensor):
+                continue
+            if tensor.is_inference():
+                tensor = tensor.clone()
+                setattr(self, name, tensor)
+                self.held[name] = (tensor, -1)
+            else:
+                self.held[name] = (tensor, tensor._version)
+
+    @property
+    def changed(self) -> bool:
+        """A tensor that is held was changed in place."""
+        return any(v >= 0 and tensor._version != v for tensor, v in self.held.values())
+
+
+_TENSORS = ("expert_ids_TK", "weights_TK", "logits_TE", "router_ids_TK", "kept_TK")
 
 Read = Callable[[Observed, tuple[Any, ...], dict[str, Any], Any], None]
 """Fills an `Observed` from a module's (args, kwargs, output); output is None for an input tap."""

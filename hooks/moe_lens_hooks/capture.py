@@ -144,10 +144,12 @@ class Capture:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self._stack and not recomputing():
                 read(self._stack[-1], args, kwargs, None)
+                self._stack[-1].hold()
 
         def after(_: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
             if self._stack and not recomputing():
                 read(self._stack[-1], args, kwargs, output)
+                self._stack[-1].hold()
 
         if when == "input":
             handle = module.register_forward_pre_hook(_untraced(before), with_kwargs=True)

@@ -4,39 +4,65 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from moe_lens.trace.events import (
-    Forward,
-    LayerCounts,
-    LayerRows,
-    SequenceRow,
-    TokenRows,
-)
+from moe_lens.trace.events import Forward, Ints, LayerCounts, LayerRows, SequenceRow, TokenRows
+from moe_lens.trace.meta import LayerInfo
 from moe_lens.trace.windows import spread
+from moe_lens_hooks.adapter import Observed
 from moe_lens_hooks.batch import Batch, StepContext
-from moe_lens_hooks.reduce import Numbers
+from moe_lens_hooks.reduce import Reduced, distinct_router_ids
+from moe_lens_hooks.semantics import Semantics
 from moe_lens_hooks.staging import HostCopy
 
 
 @dataclass
-class Seen:
-    """One MoE layer in this forward, reduced."""
+class Pending:
+    """One MoE layer that was seen in this forward and is not reduced yet.
 
-    layer: int
+    Its tensors are the model's own, held until then.
+    """
+
+    info: LayerInfo
+    observed: Observed
+    meaning: Semantics | None
+
+    @property
+    def nbytes(self) -> int:
+        x = self.observed
+        return sum(t.nbytes for t in (x.expert_ids_TK, x.weights_TK, x.logits_TE) if t is not None)
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What layers must have in common to be reduced together."""
+        x, m = self.observed, self.meaning
+        assert x.expert_ids_TK is not None
+        assert x.weights_TK is not None
+        meaning = None if m is None else (m.score, m.selection, m.proportional)
+        return (
+            *(self.info.stream, self.info.experts + self.info.zero_experts, meaning),
+            *(x.expert_ids_TK.shape, x.expert_ids_TK.dtype, x.weights_TK.dtype),
+            *(None if x.logits_TE is None else (x.logits_TE.shape, x.logits_TE.dtype),),
+            *(x.kept_TK is None, distinct_router_ids(x)),
+        )
+
+
+@dataclass
+class Seen:
+    """Layers of this forward that were reduced together."""
+
     stream: str
     tokens: int
-    top_k: int | None
-    capacity: int | None
-    capacity_groups: int
-    counts: Numbers
-    rows: Numbers
-    problems: Numbers
+    layers: list[tuple[int, int | None, int | None, int]]
+    """Number, top_k, capacity and capacity groups of each."""
+    reduced: Reduced
 
 
 @dataclass
@@ -54,7 +80,10 @@ class OpenForward:
     context: StepContext = field(default_factory=StepContext)
     batches: dict[str, Batch] = field(default_factory=dict)
     """By stream."""
+    pending: list[Pending] = field(default_factory=list)
     layers: list[Seen] = field(default_factory=list)
+    seen: int = 0
+    """MoE layers whose routing was seen."""
     entered: dict[int, int] = field(default_factory=dict)
     """How often each block (by id) was entered so far."""
     expected: int = 0
@@ -75,24 +104,27 @@ class OpenForward:
     def close(self) -> None:
         """The forward is over: start the copies to the host."""
         self.host_ns = time.perf_counter_ns() - self._t0
-        self.row_bytes = sum(t.nbytes for x in self.layers for t in x.rows.values())
+        self.row_bytes = sum(t.nbytes for x in self.layers for t in x.reduced.rows.values())
         self._copy = HostCopy(self._tensors())
 
     def drop_rows(self) -> None:
         """Give up the per-token rows, all of them, and say how many."""
-        self.lost_rows += sum(len(x.rows["expert_ids_NK"]) for x in self.layers if x.rows)
+        shapes = [x.reduced.rows["expert_ids_NK"].shape for x in self.layers if x.reduced.rows]
+        self.lost_rows += sum(layers * rows for layers, rows, _ in shapes)
         for x in self.layers:
-            x.rows = {}
+            x.reduced.rows = {}
         for batch in self.batches.values():
             batch.rows_N = None
         self.row_bytes = 0
         self._copy = HostCopy(self._tensors())
 
     def _tensors(self) -> list[Tensor]:
-        parts = [t for x in self.layers for p in (x.counts, x.rows, x.problems) for t in p.values()]
+        parts: list[Tensor] = []
         for b in self.batches.values():
             parts += [b.tokens_G]
             parts += [t for t in (b.padding_T, b.rows_N, self.token_ids) if t is not None]
+        for r in (x.reduced for x in self.layers):
+            parts += [t for numbers in (r.counts, r.rows, r.problems) for t in numbers.values()]
         return parts
 
     def resolve(self) -> Forward:
@@ -104,19 +136,10 @@ class OpenForward:
                 self._copy = None
             return self._whole
 
-    def _assemble(self, arrays: list[Any]) -> Forward:
+    def _assemble(self, arrays: list[NDArray[Any]]) -> Forward:
+        """Put the arrays, in the order of `_tensors`, together."""
         landed = iter(arrays)
-
-        def take(numbers: Numbers) -> dict[str, Any]:
-            return {name: next(landed) for name in numbers}
-
         tags = sorted({t for b in self.batches.values() for t in b.tags})
-        layers = []
-        for x in self.layers:
-            batch = self.batches[x.stream]
-            counts = _layer_counts(x, batch, take(x.counts), take(x.rows), take(x.problems))
-            spread(counts, np.array([tags.index(t) for t in batch.tags]), len(tags))
-            layers.append(counts)
         whole = Forward(
             step=self.step,
             forward=self.forward,
@@ -126,18 +149,26 @@ class OpenForward:
             tags=tags,
             tokens_G=np.zeros(len(tags), np.int64),
             sequences_G=np.zeros(len(tags), np.int64),
-            layers=layers,
             sampled=self.sampled,
             fires_expected=self.expected,
-            fires_seen=len(self.layers),
+            fires_seen=self.seen,
             problems=self.problems,
             lost_rows=self.lost_rows,
         )
-        for stream, batch in self.batches.items():
-            self._add_batch(whole, stream, batch, landed)
+        of_batch = {s: self._add_batch(whole, s, b, landed) for s, b in self.batches.items()}
+        for x in self.layers:
+            numbers = (x.reduced.counts, x.reduced.rows, x.reduced.problems)
+            named = [{name: next(landed) for name in part} for part in numbers]
+            at_G = np.array([tags.index(t) for t in self.batches[x.stream].tags])
+            for counts in _layer_counts(x, *of_batch[x.stream], *named):
+                spread(counts, at_G, len(tags))
+                whole.layers.append(counts)
         return whole
 
-    def _add_batch(self, whole: Forward, stream: str, batch: Batch, landed: Any) -> None:
+    def _add_batch(
+        self, whole: Forward, stream: str, batch: Batch, landed: Iterator[NDArray[Any]]
+    ) -> tuple[Ints, NDArray[np.int64] | None]:
+        """Add a stream's tokens and sequences; its valid tokens by tag, and its sampled tokens."""
         at = [whole.tags.index(t) for t in batch.tags]
         tokens_G = next(landed)
         padding_T = None if batch.padding_T is None else next(landed)
@@ -150,46 +181,49 @@ class OpenForward:
             keys = {k: None if row >= len(v) else str(v[row]) for k, v in self.context.keys.items()}
             request = None if said is None else str(said)
             whole.sequences.append(SequenceRow(number, batch.tags[tag], request, keys))
-        if rows_N is None:
-            return
-        n = len(rows_N)
-        whole.tokens.append(
-            TokenRows(
+        if rows_N is not None:
+            known = ids_T is not None and len(ids_T) == batch.size
+            rows = TokenRows(
                 stream=stream,
                 token_N=rows_N.astype(np.int32),
                 sequence_N=batch.sequence_T[rows_N],
                 position_N=batch.position_T[rows_N],
-                padding_N=np.zeros(n, bool) if padding_T is None else padding_T[rows_N],
+                padding_N=np.zeros(len(rows_N), bool) if padding_T is None else padding_T[rows_N],
                 tag_N=np.array(at, np.int32)[batch.tag_T[rows_N]],
-                token_id_N=None
-                if ids_T is None or len(ids_T) != batch.size
-                else ids_T[rows_N].astype(np.int32),
+                token_id_N=ids_T[rows_N].astype(np.int32) if known and ids_T is not None else None,
             )
-        )
+            whole.tokens.append(rows)
+        return tokens_G, rows_N
 
 
 def _layer_counts(
-    x: Seen, batch: Batch, counts: dict[str, Any], rows: dict[str, Any], problems: dict[str, Any]
-) -> LayerCounts:
-    valid = int(counts["tokens_G"].sum())
-    integers = ("tokens_G", "routed_GE", "processed_GE", "padding_GE", "overflowed_GE")
-    counts |= {n: counts[n].astype(np.int64, copy=False) for n in integers if n in counts}
-    token_rows = None
-    if rows:
-        assert batch.rows_N is not None
-        rows["token_N"] = batch.rows_N.cpu().numpy().astype(np.int32)
-        token_rows = LayerRows(**rows)
-    return LayerCounts(
-        layer=x.layer,
-        tokens=valid,
-        padding_tokens=x.tokens - valid,
-        capacity=x.capacity,
-        capacity_groups=x.capacity_groups,
-        top_k=x.top_k,
-        problems={k: int(v) for k, v in problems.items() if int(v)},
-        rows=token_rows,
-        **counts,
-    )
+    x: Seen,
+    tokens_G: Ints,
+    rows_N: NDArray[np.int64] | None,
+    counts: dict[str, Any],
+    rows: dict[str, Any],
+    problems: dict[str, Any],
+) -> Iterator[LayerCounts]:
+    """The layers that were reduced together, one by one."""
+    valid = int(tokens_G.sum())
+    for i, (layer, top_k, capacity, groups) in enumerate(x.layers):
+        token_rows = None
+        if rows:
+            assert rows_N is not None
+            parts = {name: values[i] for name, values in rows.items()}
+            token_rows = LayerRows(token_N=rows_N.astype(np.int32), **parts)
+        yield LayerCounts(
+            layer=layer,
+            tokens=valid,
+            padding_tokens=x.tokens - valid,
+            tokens_G=tokens_G,
+            capacity=capacity,
+            capacity_groups=groups,
+            top_k=top_k,
+            problems={name: int(n[i]) for name, n in problems.items() if n[i]},
+            rows=token_rows,
+            **{name: values[i] for name, values in counts.items()},
+        )
 
 
 def recomputing() -> bool:

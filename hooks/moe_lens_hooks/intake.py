@@ -15,11 +15,15 @@ from moe_lens.trace.meta import LayerInfo, Meta
 from moe_lens.trace.schema import MAX_TAGS, OTHER
 from moe_lens_hooks.adapter import MoELayer, Observed
 from moe_lens_hooks.batch import Batch, Describer, StepContext, padding_from_mask
-from moe_lens_hooks.forward import OpenForward, Seen
+from moe_lens_hooks.forward import OpenForward, Pending, Seen
 from moe_lens_hooks.inputs import batch_shape, cached_positions, phase_of
 from moe_lens_hooks.reduce import reduce
 from moe_lens_hooks.sampling import Sampling
 from moe_lens_hooks.semantics import Semantics, learn
+
+PENDING_BYTES = 32 << 20
+"""Bytes of routing tensors that a forward may hold before they are reduced: many small layers are
+reduced at once, large ones as they come."""
 
 Key = tuple[Any, int]
 """What a layer is known by: its block (or its name in `rec.log`), and which call of it in a
@@ -134,18 +138,37 @@ class Intake:
                 f"({info.stream}). Its routing cannot be recorded"
             )
             return
-        numbers = reduce(seen, batch, meaning, experts, logits=self._keep_logits)
-        forward.layers.append(
-            Seen(
-                known.layer,
-                info.stream,
-                len(ids),
-                known.top_k,
-                seen.capacity,
-                seen.capacity_groups,
-                *numbers,
-            )
-        )
+        forward.seen += 1
+        forward.pending.append(Pending(self.infos[key], seen, meaning))
+        if sum(p.nbytes for p in forward.pending) > PENDING_BYTES:
+            self.reduce(forward)
+
+    def reduce(self, forward: OpenForward) -> None:
+        """Turn what is pending of a forward into counts, layers of one kind together."""
+        kinds: dict[tuple[Any, ...], list[Pending]] = {}
+        for p in forward.pending:
+            kinds.setdefault(p.kind, []).append(p)
+        forward.pending = []
+        for group in kinds.values():
+            info, first = group[0].info, group[0].observed
+            assert first.expert_ids_TK is not None
+            for p in group:
+                if p.observed.changed:
+                    forward.problem(f"{p.info.path} changed its routing in place after it was used")
+            # The model's autocast must not reach into our sums.
+            with torch.autocast(first.expert_ids_TK.device.type, enabled=False):
+                reduced = reduce(
+                    [p.observed for p in group],
+                    forward.batches[info.stream],
+                    [p.meaning for p in group],
+                    info.experts + info.zero_experts,
+                    logits=self._keep_logits,
+                )
+            layers = [
+                (p.info.layer, p.info.top_k, p.observed.capacity, p.observed.capacity_groups)
+                for p in group
+            ]
+            forward.layers.append(Seen(info.stream, len(first.expert_ids_TK), layers, reduced))
 
     def _note(self, key: Key, info: LayerInfo, meaning: Semantics | None) -> None:
         """Keep what is known of a layer, here and in the trace's meta."""

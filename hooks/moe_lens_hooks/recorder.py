@@ -300,6 +300,7 @@ class Recorder:
             capacity=capacity,
         )
         policy = None if kept is None else "unknown"
+        seen.hold()
         info = LayerInfo(-1, str(layer), E, K, adapter="rec.log", capacity_policy=policy)
         with torch.inference_mode():
             self._intake.take(forward, key, info, None, shape, seen)
@@ -390,6 +391,8 @@ class Recorder:
                 f"the model ran, but none of its {len(self._layers)} MoE blocks was entered. "
                 + REMEDY
             )
+        with torch.inference_mode():
+            self._intake.reduce(forward)
         forward.close()
         self._of_step.append(forward)
         if self._writer.failed is None:

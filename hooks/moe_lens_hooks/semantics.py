@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from moe_lens_hooks.adapter import Observed, first_int
 
 Score = Callable[[Tensor, Tensor | None], Tensor]
-"""(logits_TE, bias_E) to the selection score `[T, E]`; -inf where an expert may not be chosen."""
+"""(logits `[…, E]`, bias that broadcasts to them) to the selection score, of the same shape; -inf
+where an expert may not be chosen."""
 
 
 @dataclass
@@ -156,10 +157,10 @@ def _grouped(score: Score, groups: int, top_groups: int, best: int) -> Score:
 
     def rank(z: Tensor, bias: Tensor | None) -> Tensor:
         s = score(z, bias)
-        by_group = s.view(len(s), groups, -1)
+        by_group = s.view(*s.shape[:-1], groups, -1)
         value = by_group.topk(min(best, by_group.shape[-1]), dim=-1).values.sum(-1)
         allowed = torch.zeros_like(value, dtype=torch.bool)
-        allowed.scatter_(1, value.topk(top_groups, dim=-1).indices, True)
-        return by_group.masked_fill(~allowed.unsqueeze(-1), -math.inf).view_as(s)
+        allowed.scatter_(-1, value.topk(top_groups, dim=-1).indices, True)
+        return by_group.masked_fill(~allowed.unsqueeze(-1), -math.inf).view(s.shape)
 
     return rank

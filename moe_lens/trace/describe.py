@@ -19,9 +19,10 @@ def markdown() -> str:
 
 
 def _table(table: Table) -> str:
+    order = f"sorted by {', '.join(table.sort)}" if table.sort else "in order of arrival"
     lines = [
         f"\n## {table.name}\n",
-        f"A row is {table.row}. Sorted by {', '.join(table.sort)} inside a segment.\n",
+        f"A row is {table.row}. In a segment: {order}.\n",
         "| column | type | null | meaning |",
         "|---|---|---|---|",
     ]

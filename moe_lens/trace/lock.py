@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from pathlib import Path
@@ -21,6 +22,7 @@ class RankLock:
 
     Raises:
         TraceLocked: A living process writes this rank.
+        OSError: The lock file cannot be made, written or locked.
     """
 
     def __init__(self, run: Path, rank: int) -> None:
@@ -36,6 +38,9 @@ class RankLock:
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
+            if e.errno not in (errno.EACCES, errno.EAGAIN):
+                self._file.close()
+                raise  # not held by anybody: a file system without locks, say
             self._file.seek(0)
             holder = self._file.read().strip() or "unknown"
             self._file.close()
@@ -43,11 +48,14 @@ class RankLock:
                 f"{run} (rank {rank}) is being written by process {holder}. Reading it is fine; "
                 "to recover or resume it, wait for that process to end or stop it."
             ) from e
-        self._file.seek(0)
-        self._file.truncate()
-        self._file.write(f"{os.getpid()}\n")
-        self._file.flush()
         _held.add(self.path)
+        try:
+            self._file.truncate(0)
+            self._file.write(f"{os.getpid()}\n")
+            self._file.flush()
+        except OSError:
+            self.release()
+            raise
 
     def release(self) -> None:
         """Give the lock back. Its file stays: removing it would race with the next holder."""

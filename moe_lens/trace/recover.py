@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from moe_lens.errors import TraceError
+from moe_lens.errors import TraceError, TraceWriteError
 from moe_lens.trace import layout
 from moe_lens.trace.lock import RankLock
 from moe_lens.trace.meta import Meta, read_meta, write_meta
@@ -34,6 +34,7 @@ def recover(run: str | Path) -> list[Recovered]:
     Raises:
         TraceError: There is no trace.
         TraceLocked: A rank's writer lives; the ranks before it were recovered.
+        TraceWriteError: The disk refused; nothing was removed that is not sealed.
     """
     run = Path(run)
     found = layout.ranks(run)
@@ -41,11 +42,14 @@ def recover(run: str | Path) -> list[Recovered]:
         raise TraceError(f"{run} holds no moe_lens trace (no meta/rank=*.json): nothing to recover")
     out: list[Recovered] = []
     for rank in found:
-        lock = RankLock(run, rank)
         try:
-            out += recover_rank(run, read_meta(layout.meta_path(run, rank)))
-        finally:
-            lock.release()
+            lock = RankLock(run, rank)
+            try:
+                out += recover_rank(run, read_meta(layout.meta_path(run, rank)))
+            finally:
+                lock.release()
+        except OSError as e:
+            raise TraceWriteError(f"cannot recover {run} (rank {rank}): {e}") from e
     return out
 
 

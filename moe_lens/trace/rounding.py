@@ -22,5 +22,7 @@ def keep_mantissa(x: NDArray[Any], bits: int) -> NDArray[np.float32]:
     half = np.uint32((1 << (cleared - 1)) - 1)
     rounded = word + half + ((word >> np.uint32(cleared)) & np.uint32(1))
     rounded &= np.uint32(0xFFFFFFFF << cleared & 0xFFFFFFFF)
-    # Adding could carry a NaN's payload, or the largest finite values, over into another number.
-    return np.where(np.isfinite(exact), rounded.view(np.float32), exact)
+    # Adding could carry a NaN's payload over into a number, and the largest finite values (logits
+    # masked with finfo.min) into infinity.
+    number = rounded.view(np.float32)
+    return np.where(np.isfinite(exact) & np.isfinite(number), number, exact)

@@ -41,7 +41,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """One table: what a row is, its columns, the columns rows are sorted by inside a segment."""
+    """One table: what a row is, its columns, what rows are sorted by in a segment (else arrival)."""
 
     name: str
     row: str
@@ -100,7 +100,7 @@ TABLES: dict[str, Table] = {
                 _total("weight_sum", "sum of the gate weights with which it was computed", F32),
                 _count("received", "rows the expert's own rank saw, where visible", nullable=True),
             ),
-            ("layer", "window", "tag", "expert"),
+            ("layer", "window"),
         ),
         Table(
             "layers",
@@ -141,7 +141,7 @@ TABLES: dict[str, Table] = {
                 _total("top1_prob_sum", "largest router probability"),
                 _total("zloss_sum", "squared logsumexp of the logits, nats squared"),
             ),
-            ("layer", "window", "tag"),
+            ("layer", "window"),
         ),
         Table(
             "slices",
@@ -157,7 +157,7 @@ TABLES: dict[str, Table] = {
                 _total("loss_sum", "sum of the losses given to rec.loss, in the user's unit"),
                 _count("loss_tokens", "tokens behind loss_sum"),
             ),
-            ("window", "tag"),
+            ("window",),
         ),
         Table(
             "steps",
@@ -192,7 +192,7 @@ TABLES: dict[str, Table] = {
                 TAG,
                 Column("request", STR, "the user's request id", nullable=True),
             ),
-            ("sequence",),
+            (),
         ),
         Table(
             "tokens",
@@ -249,7 +249,7 @@ TABLES: dict[str, Table] = {
                 Column("kept", BOOL, "false: rejected draft, superseded beam", nullable=True),
                 Column("loss", F32, "loss of the prediction made here", "split", nullable=True),
             ),
-            ("sequence", "position"),
+            (),
             per_token=True,
         ),
         Table(

@@ -63,7 +63,7 @@ def write_segment(path: Path, table: Table, rows: pa.Table) -> None:
 
 def _row_groups(table: Table, rows: pa.Table) -> Iterator[pa.Table]:
     starts = range(0, rows.num_rows, ROW_GROUP)
-    if table.sort[0] != "layer":
+    if table.sort[:1] != ("layer",):
         yield from (rows.slice(start, ROW_GROUP) for start in starts)
         return
     # int16 makes numpy's stable sort a radix sort

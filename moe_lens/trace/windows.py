@@ -187,6 +187,8 @@ class Window:
         )
 
     def _tag(self, at: NDArray[np.int64]) -> pa.Array:
+        if len(self.tags) == 1:
+            return pa.repeat(pa.scalar(self.tags[0], pa.string()), len(at))
         return pa.array(self.tags, pa.string()).take(pa.array(at))
 
     def _rows(self, table: str, **columns: Any) -> pa.Table:

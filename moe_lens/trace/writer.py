@@ -104,7 +104,7 @@ class TraceWriter:
                     self.lost_rows += event.lost_rows
                     size = 0
                 self._waiting_bytes += size
-            while len(self._events) >= QUEUE_EVENTS:
+            while len(self._events) >= QUEUE_EVENTS and not self._closing:
                 self._changed.wait()
             self._events.append(event)
             self._changed.notify_all()
@@ -167,8 +167,10 @@ class TraceWriter:
                 return
 
     def _fail(self, e: Exception) -> None:
+        what = "cannot write the trace" if isinstance(e, OSError) else "recording failed in"
+        reason = e if isinstance(e, OSError) else f"{type(e).__name__}: {e}"
         self.failed = TraceWriteError(
-            f"cannot write the trace {self.run}: {e}. Recording has stopped; "
+            f"{what} {self.run}: {reason}. Recording has stopped; "
             "what was written before stays readable."
         )
         self.failed.__cause__ = e

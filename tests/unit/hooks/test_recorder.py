@@ -611,3 +611,56 @@ def test_inference_mode_and_bf16_record(model, run):
     info = open_run(run).meta.layers[0]
     assert (info.score, info.selection) == ("softmax", "logits")
     assert len(frame(run, "routing")) == 24
+
+
+# -- layers are reduced when the forward is over ---------------------------------------------------
+
+
+def _double_weights(module, args, output):
+    args[2].mul_(2)  # the gate weights, after the experts used them
+
+
+def test_weights_changed_in_place_after_use_are_a_breach(model, run):
+    block = model.blocks[0]
+    block.experts.register_forward_hook(_double_weights)
+    with torch.no_grad(), moe_lens.record(model, run, tokens=1.0) as rec:
+        with pytest.raises(moe_lens.CaptureBreach, match="changed its routing in place"):
+            with rec.step():
+                model(IDS)
+
+
+def test_in_inference_mode_a_change_in_place_is_not_seen(model, run, tmp_path):
+    with torch.inference_mode():
+        with moe_lens.record(model, tmp_path / "a", tokens=1.0, weights="exact") as rec, rec.step():
+            model(IDS)
+        model.blocks[0].experts.register_forward_hook(_double_weights)
+        with moe_lens.record(model, run, tokens=1.0, weights="exact") as rec, rec.step():
+            model(IDS)
+    before, after = frame(tmp_path / "a", "routing"), frame(run, "routing")
+    assert [list(w) for w in after.weights] == [list(w) for w in before.weights]
+
+
+def test_large_forwards_are_reduced_layer_by_layer_with_the_same_result(
+    model, run, tmp_path, monkeypatch
+):
+    tags = ["a", "b", "a"]
+    with moe_lens.record(model, tmp_path / "a", tokens=1.0) as rec, rec.step(tags=tags):
+        model(IDS)
+    monkeypatch.setattr("moe_lens_hooks.intake.PENDING_BYTES", 1)
+    with moe_lens.record(model, run, tokens=1.0) as rec, rec.step(tags=tags):
+        model(IDS)
+    for table in ("load", "routers", "routing", "layers"):
+        assert frame(run, table).equals(frame(tmp_path / "a", table))
+
+
+def test_autocast_of_the_model_does_not_reach_the_sums(run, tmp_path):
+    model, sums = TinyModel(blocks=1).eval(), []
+    for path, enabled in ((run, True), (tmp_path / "b", False)):
+        with moe_lens.record(model, path) as rec, rec.step():
+            with torch.autocast("cpu", enabled=False):
+                x = model.embed(IDS)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                model.blocks[0](x)
+        sums.append(frame(path, "load").prob_sum.sum())
+    assert sums[0] == pytest.approx(12, rel=1e-3)
+    assert sums[1] == pytest.approx(12, rel=1e-3)

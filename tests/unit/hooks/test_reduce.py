@@ -32,6 +32,12 @@ def describe(B, S, tags, padding):
     )
 
 
+def reduced(seen, batch, meaning=None):
+    """One layer alone: its counts, rows and problems, without the dimension of layers."""
+    out = reduce([seen], batch, [meaning], E, logits=False)
+    return tuple({k: v[0] for k, v in p.items()} for p in (out.counts, out.rows, out.problems))
+
+
 @st.composite
 def cases(draw):
     B, S = draw(st.integers(1, 3)), draw(st.integers(0, 5))
@@ -54,7 +60,7 @@ def test_every_count_equals_a_naive_loop(case):
     batch = describe(B, S, tags, padding)
     seen = Observed(ids, weights, logits, router_ids_TK=ids.clone(), kept_TK=kept)
     meaning = learn(Observed(ids, weights, torch.randn(len(ids), E)), None, E)
-    counts, rows, problems = reduce(seen, batch, meaning, E, logits=False)
+    counts, rows, problems = reduced(seen, batch, meaning)
     G = len(batch.tags)
     naive = {
         n: np.zeros((G, E), int)
@@ -80,7 +86,7 @@ def test_every_count_equals_a_naive_loop(case):
             weight_sum[g, e] += float(weights[t, slot]) * fits
         unserved[g] += not pad and ran == 0
         nonfinite[g] += not pad and bool(logits[t].isnan().any())
-    assert counts["tokens_G"].tolist() == tokens.tolist()
+    assert batch.tokens_G.tolist() == tokens.tolist()
     for name in ("routed", "processed"):
         assert counts[f"{name}_GE"].tolist() == naive[name].tolist()
     assert counts["weight_sum_GE"].numpy() == pytest.approx(weight_sum, abs=1e-5)
@@ -102,7 +108,7 @@ def test_every_count_equals_a_naive_loop(case):
 def test_ids_out_of_range_are_counted_and_not_trusted():
     ids = torch.tensor([[0, 7], [-1, 2]])
     seen = Observed(ids, torch.ones(2, 2))
-    counts, rows, problems = reduce(seen, describe(1, 2, None, None), None, E, logits=False)
+    counts, rows, problems = reduced(seen, describe(1, 2, None, None))
     assert int(problems["expert ids out of range"]) == 2
     assert int(counts["routed_GE"].sum()) == 4  # clamped, so that the breach is the only damage
     assert rows["expert_ids_NK"].tolist() == ids.tolist()  # as seen
@@ -110,14 +116,14 @@ def test_ids_out_of_range_are_counted_and_not_trusted():
 
 def test_nan_weights_show_in_their_sum_where_the_writer_finds_them():
     seen = Observed(torch.tensor([[0, 1]]), torch.tensor([[math.nan, 1.0]]))
-    counts, _, _ = reduce(seen, describe(1, 1, None, None), None, E, logits=False)
+    counts, _, _ = reduced(seen, describe(1, 1, None, None))
     assert counts["weight_sum_GE"].isnan().tolist() == [[True, False, False, False, False]]
 
 
 def test_router_that_says_other_ids_than_the_experts_got_shows_in_routed():
     own, executed = torch.tensor([[0, 1]]), torch.tensor([[0, 2]])
     seen = Observed(executed, torch.ones(1, 2), router_ids_TK=own)
-    counts, _, _ = reduce(seen, describe(1, 1, None, None), None, E, logits=False)
+    counts, _, _ = reduced(seen, describe(1, 1, None, None))
     assert counts["routed_GE"].tolist() == [[1, 1, 0, 0, 0]]
     assert counts["processed_GE"].tolist() == [[1, 0, 1, 0, 0]]
 
@@ -131,6 +137,25 @@ def test_sigmoid_router_entropy_is_of_the_normalised_sigmoids():
     meaning = learn(seen, None, E)
     assert meaning is not None
     assert (meaning.score, meaning.selection, meaning.normalised) == ("sigmoid", "logits", False)
-    counts, _, _ = reduce(seen, describe(1, 64, None, None), meaning, E, logits=False)
+    counts, _, _ = reduced(seen, describe(1, 64, None, None), meaning)
     p = (s / s.sum(-1, keepdim=True)).double().numpy()
     assert float(counts["entropy_sum_G"]) == pytest.approx(-(p * np.log(p)).sum(), rel=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(cases(), st.integers(2, 4))
+def test_layers_reduced_together_are_as_if_each_were_alone(case, layers):
+    B, S, logits, ids, weights, kept, tags, padding = case
+    batch = describe(B, S, tags, padding)
+    seen = [
+        Observed(ids.roll(i, 1), weights * (i + 1), logits.roll(i, 1), ids.roll(i, 0), kept)
+        for i in range(layers)
+    ]
+    meaning = learn(Observed(ids, weights, torch.randn(len(ids), E)), None, E)
+    together = reduce(seen, batch, [meaning] * layers, E, logits=True)
+    for i, one in enumerate(seen):
+        alone = reduce([one], batch, [meaning], E, logits=True)
+        for mine, whole in ((alone.counts, together.counts), (alone.rows, together.rows)):
+            assert set(mine) <= set(whole)  # nonfinite_G is there if any layer has some
+            for name, values in mine.items():
+                torch.testing.assert_close(values[0], whole[name][i], equal_nan=True)
