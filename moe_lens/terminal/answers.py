@@ -25,8 +25,11 @@ class Answers:
     balance: Rows
     confidence: Rows
     """All tags together."""
+    confidence_by_tag: Rows
     drops: dict[str, Rows]
     """By phase, all tags together."""
+    drops_by_tag: Rows
+    """All phases of the choice together."""
     hottest: Rows
     losses: Rows
     health: Rows
@@ -48,6 +51,8 @@ def gather(trace: Trace, phase: str | None = None) -> list[Answers]:
     load = trace.query("load_map", phase=phase).rows()
     balance = trace.query("layer_balance", phase=phase).rows()
     confidence = trace.query("router_confidence", phase=phase, by_tag=False).rows()
+    confidence_by_tag = trace.query("router_confidence", phase=phase).rows()
+    drops_by_tag = trace.query("dropped_tokens", phase=phase).rows()
     losses = trace.query("loss_by_tag", phase=phase).rows()
     health = trace.query("capture_health", phase=phase).rows()
     drops = {p: trace.query("dropped_tokens", phase=p, by_tag=False).rows() for p in phases}
@@ -65,7 +70,9 @@ def gather(trace: Trace, phase: str | None = None) -> list[Answers]:
             load=of(load, info.run),
             balance=of(balance, info.run),
             confidence=of(confidence, info.run),
+            confidence_by_tag=of(confidence_by_tag, info.run),
             drops={p: of(rows, info.run) for p, rows in drops.items() if of(rows, info.run)},
+            drops_by_tag=of(drops_by_tag, info.run),
             hottest=of(hottest[by[info.run]], info.run),
             losses=of(losses, info.run),
             health=of(health, info.run),

@@ -16,7 +16,7 @@ from moe_lens.terminal.heading import heading
 from moe_lens.terminal.health import health
 from moe_lens.terminal.heatmap import HeatMap
 from moe_lens.terminal.layers import balance
-from moe_lens.terminal.tags import hottest, losses
+from moe_lens.terminal.tags import hottest, losses, routing
 
 if TYPE_CHECKING:
     from moe_lens.queries.session import Trace
@@ -53,6 +53,7 @@ def _run(answers: Answers, console: Console) -> None:
             _section(f"Routers and balance by layer ({where})", balance(answers, width)),
             _section("Capacity", *capacity(answers)),
             _section("Hottest experts by tag", *hottest(answers, width)),
+            _section("Routing by tag", *routing(answers)),
             _section("Loss by tag", *losses(answers)),
         )
     else:
@@ -64,8 +65,9 @@ def _run(answers: Answers, console: Console) -> None:
                 _section("Capacity", *capacity(answers)),
                 half,
             ),
+            _section("Hottest experts by tag", *hottest(answers, half)),
             _beside(
-                _section("Hottest experts by tag", *hottest(answers, half)),
+                _section("Routing by tag", *routing(answers)),
                 _section("Loss by tag", *losses(answers)),
                 half,
             ),

@@ -38,6 +38,31 @@ def hottest(answers: Answers, width: int) -> list[RenderableType]:
     return [made, notes(note)]
 
 
+def routing(answers: Answers) -> list[RenderableType]:
+    """How sure the routers are of each tag's tokens, and what share of them found no room."""
+    made = table("tag")
+    add_numbers(made, "router\nentropy", "lowest\nin layer", "highest\nin layer")
+    add_numbers(made, "dropped", "unserved\ntokens")
+    for tag in answers.tags:
+        sure = [r for r in answers.confidence_by_tag if r["tag"] == tag]
+        sure = [r for r in sure if r["entropy_norm"] is not None]
+        drops = [r for r in answers.drops_by_tag if r["tag"] == tag]
+        add_row(
+            made,
+            tag,
+            decimal(_over(sum(r["entropy_norm"] for r in sure), len(sure))),
+            _layer(min(sure, key=_entropy, default=None)),
+            _layer(max(sure, key=_entropy, default=None)),
+            percent(_over(total(drops, "dropped"), total(drops, "routed"))),
+            percent(_over(total(drops, "unserved_tokens"), total(drops, "tokens"))),
+        )
+    note = (
+        "router entropy: of its distribution per token, over ln E, mean over layers. dropped: "
+        "share of the tag's choices that no expert computed; unserved: of its tokens, in the mean layer."
+    )
+    return [made, notes(note)]
+
+
 def losses(answers: Answers) -> list[RenderableType]:
     """Mean loss of each tag in each phase, in nats and in bits."""
     if not any(row["loss"] is not None for row in answers.losses):
@@ -68,6 +93,18 @@ def _entry(row: dict[str, float], by: str) -> str:
     if by == "share":
         return f"{where} {percent(row['share'])}"
     return f"{where} {times(row['lift'])} ({percent(row['share'])})"
+
+
+def _entropy(row: dict[str, float]) -> float:
+    return row["entropy_norm"]
+
+
+def _layer(row: dict[str, float] | None) -> str:
+    return NONE if row is None else f"{decimal(row['entropy_norm'])} (L{row['layer']})"
+
+
+def _over(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
 
 
 def _mean(answers: Answers, phase: str) -> float | None:

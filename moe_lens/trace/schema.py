@@ -41,7 +41,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """One table: what a row is, its columns, what rows are sorted by in a segment (else arrival)."""
+    """One table: what a row is, its columns, what a segment is sorted by (nothing: arrival)."""
 
     name: str
     row: str
@@ -74,7 +74,7 @@ WINDOW = _key("window", I64, "run of forwards of one phase that share rows of co
 PHASE = _key("phase", STR, "train, eval, prefill or decode, or what the user said")
 LAYER = _key("layer", I32, "number among MoE layers, in call order (meta: layers)")
 TAG = _key("tag", STR, f"the user's slice; at most {MAX_TAGS} and '{OTHER}'")
-TOKEN = _key("token", I32, "flat index of the token in the forward's stream")
+TOKEN = Column("token", I32, "flat index of the token in the forward's stream", "split")
 
 TABLES: dict[str, Table] = {
     t.name: t

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def test_fits_the_width_and_keeps_every_section(written: Written, width: int) ->
     assert all(line == line.rstrip() for line in text.splitlines())
     for part in (
         "moe_lens · run1", "2 layers × 8 experts × top-2", "Choices by layer and expert",
-        "Routers and balance by layer", "Capacity", "Hottest experts by tag", "Loss by tag",
+        "Routers and balance by layer", "Capacity", "Hottest experts by tag", "Loss by tag", "Routing by tag",
         "Capture",
     ):  # fmt: skip
         assert part in text
@@ -53,6 +54,18 @@ def test_numbers_are_those_written(written: Written) -> None:
     train = [r for r in written.rows["load"] if r["phase"] == "train"]
     dropped = sum(r["dropped"] for r in train) / sum(r["routed"] for r in train)
     assert f"train {100 * dropped:.1f} %, eval 0" in text
+    load = [r for r in written.rows["load"] if r["tag"] == "code"]
+    dropped = sum(r["dropped"] for r in load) / sum(r["routed"] for r in load)
+    routers = [r for r in written.rows["routers"] if r["tag"] == "code"]
+    entropies = []
+    for layer in (0, 1):
+        mine = [r for r in routers if r["layer"] == layer]
+        tokens = sum(r["tokens"] - r.get("nonfinite_tokens", 0) for r in mine)
+        entropies.append(sum(r["entropy_sum"] for r in mine) / tokens / math.log(8))
+    entropy, layer = r"([\d.]+)", r"[\d.]+ \(L\d\)"
+    row = re.search(rf"^ *code +{entropy} +{layer} +{layer} +([\d.]+) %", text, re.M)
+    assert float(row[1]) == pytest.approx(sum(entropies) / 2, abs=0.006)
+    assert float(row[2]) == pytest.approx(100 * dropped, rel=0.01)
     slices = [r for r in written.rows["slices"] if (r["tag"], r["phase"]) == ("code", "eval")]
     nats = sum(r["loss_sum"] for r in slices) / sum(r["loss_tokens"] for r in slices)
     assert f"{nats:.3f}" in text
