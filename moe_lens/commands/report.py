@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,6 +17,9 @@ def report(
     width: Annotated[
         int | None, typer.Option(help="Columns; default: the terminal's, or 100 in a pipe.", min=40)
     ] = None,
+    svg: Annotated[
+        Path | None, typer.Option(help="Also save the page as a picture.", metavar="FILE")
+    ] = None,
     skip_damaged: SkipDamaged = False,
 ) -> None:
     """Where the tokens went: load, drops, router entropy, dead experts, loss by tag.
@@ -25,6 +29,7 @@ def report(
       moe-lens report traces/run1
       moe-lens report traces/run1 --phase eval
       moe-lens report traces/run1 --width 120 > report.txt
+      moe-lens report traces/run1 --width 120 --svg report.svg
     """  # noqa: D301  (\b keeps the lines as they are)
     import sys
 
@@ -33,6 +38,7 @@ def report(
     from moe_lens.errors import CommandError
     from moe_lens.queries.session import open_trace
     from moe_lens.terminal.page import render
+    from moe_lens.terminal.picture import save_picture
 
     if width is None and not sys.stdout.isatty():
         width = 100
@@ -42,3 +48,5 @@ def report(
             there = ", ".join(sorted(phases)) or "none yet"
             raise CommandError(f"No forward was of phase {phase!r}. Phases of this trace: {there}.")
         render(trace, Console(width=width, highlight=False), phase)
+        if svg is not None:
+            save_picture(trace, svg, width or 100, phase)

@@ -58,7 +58,8 @@ def routing(answers: Answers) -> list[RenderableType]:
         )
     note = (
         "router entropy: of its distribution per token, over ln E, mean over layers. dropped: "
-        "share of the tag's choices that no expert computed; unserved: of its tokens, in the mean layer."
+        "share of the tag's choices that no expert computed; unserved: of its tokens, in the mean "
+        "layer."
     )
     return [made, notes(note)]
 

@@ -36,8 +36,8 @@ def test_fits_the_width_and_keeps_every_section(written: Written, width: int) ->
     assert all(line == line.rstrip() for line in text.splitlines())
     for part in (
         "moe_lens · run1", "2 layers × 8 experts × top-2", "Choices by layer and expert",
-        "Routers and balance by layer", "Capacity", "Hottest experts by tag", "Loss by tag", "Routing by tag",
-        "Capture",
+        "Routers and balance by layer", "Capacity", "Hottest experts by tag", "Loss by tag",
+        "Routing by tag", "Capture",
     ):  # fmt: skip
         assert part in text
     assert "…" not in text  # nothing was cut short

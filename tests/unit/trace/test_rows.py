@@ -31,7 +31,7 @@ from moe_lens.trace.events import Losses, SequenceRow, TokenRows
 from moe_lens.trace.schema import TABLES, with_keys
 from moe_lens.trace.writer import TraceWriter
 
-SUM = 2**-13 * 1.01  # the sums of `load` keep 12 mantissa bits of a float32
+SUM = 2**-12 * 1.01  # the sums of `load` keep 11 mantissa bits of a float32
 BF16 = 2**-8
 RELATIVE = {"prob_sum": SUM, "weight_sum": SUM, "entropy": BF16, "margin": BF16, "logits": BF16}
 

@@ -131,10 +131,13 @@ def test_encodings_and_statistics_are_those_of_the_format(every_table: Path) -> 
 @pytest.mark.parametrize(
     ("table", "split"),
     [
-        ("routing", {"expert_ids", "weights", "next_ids", "next_weights", "entropy", "margin"}),
-        ("logits", {"logits"}),
+        (
+            "routing",
+            {"token", "expert_ids", "weights", "next_ids", "next_weights", "entropy", "margin"},
+        ),
+        ("logits", {"token", "logits"}),
         ("outcomes", {"position", "loss"}),
-        ("tokens", {"position", "token_id"}),
+        ("tokens", {"token", "position", "token_id"}),
     ],
 )
 def test_ids_and_floats_of_tokens_are_split_by_byte(table: str, split: set[str]) -> None:

@@ -1,0 +1,102 @@
+"""The demo, end to end: what its report says is what an independent count saw."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections import Counter
+
+import pytest
+import torch
+from rich.console import Console
+
+import moe_lens
+from moe_lens.demo.corpus import load_corpus
+from moe_lens.demo.evaluate import evaluate
+from moe_lens.demo.model import MoEConfig, MoELanguageModel
+from moe_lens.demo.moe import Experts
+from moe_lens.demo.train import Recipe, train
+from moe_lens.terminal.page import render
+
+
+def test_the_command_trains_evaluates_and_reports(demo_output):
+    run, text = demo_output
+    for part in (
+        "Held-out bits per byte",
+        "order 2",
+        "Choices by layer and expert",
+        "Routing by tag",
+    ):
+        assert part in text
+    for domain in ("python", "prose", "javascript", "cpp"):
+        assert re.search(rf"{domain} ", text)
+    drops = moe_lens.open(run).sql(
+        "select phase, sum(dropped) as dropped, sum(overflowed) as overflowed from load "
+        "group by phase order by phase"
+    )
+    by_phase = {r["phase"]: (r["dropped"], r["overflowed"]) for r in drops.rows()}
+    assert by_phase["eval"] == (0, 0)
+    assert by_phase["train"][0] == by_phase["train"][1] > 0
+    health = moe_lens.open(run).query("capture_health").rows()
+    assert sum(r["breaches"] for r in health) == 0
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory):
+    """A short demo, and a plain Python count of what its experts were given."""
+    torch.manual_seed(0)
+    run = tmp_path_factory.mktemp("counted") / "run"
+    model = MoELanguageModel(MoEConfig())
+    routed, dropped, original = Counter(), Counter(), Experts.forward
+    layer_of = {
+        id(m): i for i, m in enumerate(m for m in model.modules() if isinstance(m, Experts))
+    }
+
+    def spy(self, x_TD, ids_TK, weights_TK, kept_TK=None):
+        phase, layer = "train" if self.training else "eval", layer_of[id(self)]
+        kept = torch.ones_like(ids_TK, dtype=torch.bool) if kept_TK is None else kept_TK
+        for ids, keeps in zip(ids_TK.tolist(), kept.tolist(), strict=True):
+            for expert, keep in zip(ids, keeps, strict=True):
+                routed[phase, layer, expert] += 1
+                dropped[phase, layer] += not keep
+        return original(self, x_TD, ids_TK, weights_TK, kept_TK)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Experts, "forward", spy)
+        with moe_lens.record(model, run, tokens=0.05) as recorder:
+            corpus = load_corpus()
+            train(model, corpus, recorder, Recipe(steps=3), lambda now: None)
+            evaluate(model, corpus, recorder, length=128, windows=4)
+    return run, routed, dropped
+
+
+def test_counts_and_drops_equal_an_independent_count(counted):
+    run, routed, dropped = counted
+    rows = moe_lens.open(run).sql(
+        "select phase, layer, expert, sum(routed) as n from load where routed > 0 group by all"
+    )
+    assert {(r["phase"], r["layer"], r["expert"]): r["n"] for r in rows.rows()} == dict(routed)
+    lost = moe_lens.open(run).sql("select phase, layer, sum(dropped) as n from load group by all")
+    assert {(r["phase"], r["layer"]): r["n"] for r in lost.rows()} == dict(dropped)
+
+
+def test_the_report_prints_those_numbers(counted):
+    run, routed, dropped = counted
+    out = io.StringIO()
+    with moe_lens.open(run) as trace:
+        render(trace, Console(file=out, width=120, highlight=False))
+    text = out.getvalue()
+    train_choices = sum(n for (phase, _, _), n in routed.items() if phase == "train")
+    share = sum(n for (phase, _), n in dropped.items() if phase == "train") / train_choices
+    shown = f"{100 * share:.1f}" if share >= 0.1 else f"{100 * share:.2f}"
+    assert f"dropped choices: train {shown} %, eval 0" in text
+    eval_choices = sum(n for (phase, _, _), n in routed.items() if phase == "eval")
+    assert f"every one of {eval_choices:,} choices was computed" in text
+    for layer in range(4):
+        load = Counter()
+        for (_, at, expert), n in routed.items():
+            load[expert] += n if at == layer else 0
+        ratio = max(load.values()) / (sum(load.values()) / 16)
+        balance = re.search(rf"^ +{layer} +[\d,]+ .*$", text, re.MULTILINE)
+        assert balance is not None
+        assert f" {ratio:.2f} " in balance[0]
