@@ -5,8 +5,8 @@ events, appended to the open stream, read back, sorted by layer, written as Parq
 `pyarrow.parquet.write_table` of the very same rows, from one Arrow table that is built and sorted
 already, with the same encodings and row groups. Gate: at least 0.8 of its rate.
 
-Counting: choices per expert as the hooks count them (`moe_lens_hooks.reduce`) against bare
-`np.bincount` of the same int64 ids. Gate: at least 0.8 of its rate.
+Counting: choices per expert as the hooks count them (`moe_lens_hooks.reduce`, several layers at
+once) against bare `np.bincount` of each layer's int64 ids. Gate: at least 0.8 of its rate.
 
 Also printed, without a gate: the whole trace writer (invariants, windows and all tables), the
 building of the Arrow tables alone, and an A/A pair of each bare side.
@@ -106,37 +106,36 @@ def writing(folder: Path, forwards: list[Forward], rounds: int) -> dict[str, Pai
     return {name: interleaved(write_bare, side, rounds) for name, side in sides.items()}
 
 
+TOGETHER = 12
+"""Layers that the hooks count at once: of this size, about what they hold until they reduce."""
+
+
 def counting(forward: Forward, rounds: int) -> dict[str, Pairs]:
-    """Pairs with `np.bincount` first: the ids of all layers of a forward, one layer a call."""
-    ids = [
-        torch.from_numpy(x.rows.expert_ids_NK.astype(np.int64)) for x in forward.layers if x.rows
-    ]
-    bare_ids = [x.numpy().ravel() for x in ids]
-    T, E = len(ids[0]), forward.layers[0].routed_GE.shape[1]
+    """Pairs with `np.bincount` first, over the ids of all layers of a forward."""
+    rows = [x.rows.expert_ids_NK for x in forward.layers if x.rows is not None]
+    ids_LTK = torch.from_numpy(np.stack(rows).astype(np.int64))
+    T, E = ids_LTK.shape[1], forward.layers[0].routed_GE.shape[1]
     none = np.zeros(T, np.int64)
     position, tag = none.astype(np.int32), none.astype(np.int32)
     tokens = torch.tensor([T])
     batch = Batch(
         (1, T), ["untagged"], None, False, tokens, none[:1], none, position, tag, None, None, []
     )
-    tally = _Tally(batch, E)
+    tally = _Tally(batch, E, TOGETHER)
+    parts = ids_LTK.split(TOGETHER)
+    bare_ids = [x.ravel() for x in ids_LTK.numpy()]
 
-    def hooks() -> None:
-        for _ in range(5):
-            for x in ids:
-                tally.choices(x)
+    def hooks() -> list[torch.Tensor]:
+        return [tally.choices(x) for _ in range(5) for x in parts]
 
-    def numpy() -> None:
-        for _ in range(5):
-            for x in bare_ids:
-                np.bincount(x, minlength=E)
+    def bare() -> list[np.ndarray]:
+        return [np.bincount(x, minlength=E) for _ in range(5) for x in bare_ids]
 
-    for x, y in zip(ids, bare_ids, strict=True):
-        if (tally.choices(x).numpy().ravel() != np.bincount(y, minlength=E)).any():
-            raise SystemExit("the two counts differ")
+    if (torch.cat(hooks()).numpy().reshape(-1, E) != np.stack(bare())).any():
+        raise SystemExit("the two counts differ")
     return {
-        "counting in the hooks": interleaved(numpy, hooks, rounds),
-        "np.bincount again (A/A)": interleaved(numpy, numpy, rounds),
+        "counting in the hooks": interleaved(bare, hooks, rounds),
+        "np.bincount again (A/A)": interleaved(bare, bare, rounds),
     }
 
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from moe_lens.terminal.numbers import compact
 from moe_lens.terminal.ramp import EMPTY, character, coloured, legend, shade
 
 if TYPE_CHECKING:
@@ -17,7 +16,8 @@ if TYPE_CHECKING:
 
 
 _WIDEST = 7
-_COUNTS_FROM = 4  # columns a cell needs to hold a count
+_DIGITS = 3  # a cell that holds fewer shows no number
+_UNITS = {1: "", 10**3: "thousands of ", 10**6: "millions of ", 10**9: "billions of "}
 
 
 @dataclass
@@ -44,11 +44,16 @@ class HeatMap:
         per_cell = -(-experts // room)
         cells = -(-experts // per_cell)
         width = min(room // cells, _WIDEST)
+        # One unit for the whole map, so that its numbers can be compared as they stand.
+        digits = width - 1  # beside a gap, or a mark
+        most = max(row["routed"] for rows in self.layers.values() for row in rows)
+        fitting = (u for u in _UNITS if len(f"{most / u:.0f}") <= digits)
+        unit = next(fitting, None) if digits >= _DIGITS and per_cell == 1 else None
         yield _axis(label, experts, per_cell, width)
         for layer, rows in sorted(self.layers.items()):
             line = Text(f"layer {layer}".ljust(label), no_wrap=True)
             for cell in _binned(rows, per_cell):
-                line.append(*_drawn(cell, width, coloured(console)))
+                line.append(*_drawn(cell, width, unit, coloured(console)))
             yield line
         yield Text()
         yield legend(console)
@@ -58,8 +63,10 @@ class HeatMap:
                 f"{options.max_width} columns.",
                 style="dim",
             )
-        elif width >= (_COUNTS_FROM if coloured(console) else _COUNTS_FROM + 1):
-            yield Text("Numbers: choices of the expert by valid tokens.", style="dim")
+        elif unit is not None:
+            yield Text(
+                f"Numbers: {_UNITS[unit]}choices of the expert by valid tokens.", style="dim"
+            )
 
 
 def _binned(rows: list[dict[str, Any]], per_cell: int) -> list[_Cell]:
@@ -75,16 +82,14 @@ def _binned(rows: list[dict[str, Any]], per_cell: int) -> list[_Cell]:
     return cells
 
 
-def _drawn(cell: _Cell, width: int, colour: bool) -> tuple[str, Any]:
+def _drawn(cell: _Cell, width: int, unit: int | None, colour: bool) -> tuple[str, Any]:
+    number = f"{cell.routed / unit:.0f}" if unit and cell.ratio else ""
     if not colour:
         mark = character(cell.ratio)
-        if width > _COUNTS_FROM:
-            number = compact(cell.routed, width - 2) if cell.ratio else ""
+        if unit:
             return f"{mark}{number}".ljust(width), None
         return (mark * (width - 1) + " " if width > 1 else mark), None
-    text = EMPTY if cell.ratio == 0 else ""
-    if cell.ratio and width >= _COUNTS_FROM:
-        text = compact(cell.routed, width - 1)
+    text = number or (EMPTY if cell.ratio == 0 else "")
     return text.center(width) if width > 1 else text or " ", shade(cell.ratio)
 
 

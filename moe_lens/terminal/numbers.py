@@ -34,19 +34,3 @@ def times(ratio: float | None) -> str:
     if ratio is None or math.isnan(ratio):
         return NONE
     return f"{ratio:.0f}×" if ratio >= 99.5 else f"{ratio:.1f}×"
-
-
-def compact(n: float, width: int) -> str:
-    """A count in so few characters (3 or more): 950, 12k, 1.2M. Digits go before the unit does."""
-    if n < 999.5:
-        return f"{n:.0f}"
-    for unit in ("k", "M", "G", "T"):
-        n /= 1000
-        for digits in (1, 0):
-            text = f"{n:.{digits}f}{unit}"
-            if n < 999.5 and len(text) <= width:
-                # 400k in three characters is .4M
-                return text
-            if digits == 1 and n < 0.95 and len(text) - 1 <= width:
-                return text.removeprefix("0")
-    return ">" * width

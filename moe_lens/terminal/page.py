@@ -53,7 +53,7 @@ def _run(answers: Answers, console: Console) -> None:
             _section(f"Routers and balance by layer ({where})", balance(answers, width)),
             _section("Capacity", *capacity(answers)),
             _section("Hottest experts by tag", *hottest(answers, width)),
-            _section("Routing by tag", *routing(answers)),
+            _section("Routing by tag", *routing(answers, width)),
             _section("Loss by tag", *losses(answers)),
         )
     else:
@@ -67,7 +67,7 @@ def _run(answers: Answers, console: Console) -> None:
             ),
             _section("Hottest experts by tag", *hottest(answers, half)),
             _beside(
-                _section("Routing by tag", *routing(answers)),
+                _section("Routing by tag", *routing(answers, half)),
                 _section("Loss by tag", *losses(answers)),
                 half,
             ),

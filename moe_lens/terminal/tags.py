@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _ENTRY = 23  # columns of one expert in the table
 _TAG = 20
+_ROOM = 70  # columns from which the extremes over layers fit
 
 
 def hottest(answers: Answers, width: int) -> list[RenderableType]:
@@ -38,10 +39,13 @@ def hottest(answers: Answers, width: int) -> list[RenderableType]:
     return [made, notes(note)]
 
 
-def routing(answers: Answers) -> list[RenderableType]:
+def routing(answers: Answers, width: int) -> list[RenderableType]:
     """How sure the routers are of each tag's tokens, and what share of them found no room."""
     made = table("tag")
-    add_numbers(made, "router\nentropy", "lowest\nin layer", "highest\nin layer")
+    room = width >= _ROOM
+    add_numbers(
+        made, "router\nentropy", *(["lowest\nin layer", "highest\nin layer"] if room else [])
+    )
     add_numbers(made, "dropped", "unserved\ntokens")
     for tag in answers.tags:
         sure = [r for r in answers.confidence_by_tag if r["tag"] == tag]
@@ -51,8 +55,8 @@ def routing(answers: Answers) -> list[RenderableType]:
             made,
             tag,
             decimal(_over(sum(r["entropy_norm"] for r in sure), len(sure))),
-            _layer(min(sure, key=_entropy, default=None)),
-            _layer(max(sure, key=_entropy, default=None)),
+            *([_layer(min(sure, key=_entropy, default=None))] if room else []),
+            *([_layer(max(sure, key=_entropy, default=None))] if room else []),
             percent(_over(total(drops, "dropped"), total(drops, "routed"))),
             percent(_over(total(drops, "unserved_tokens"), total(drops, "tokens"))),
         )
