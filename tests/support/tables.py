@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
 import pyarrow as pa
 
 from moe_lens.trace.reader import open_run
@@ -20,3 +21,8 @@ def read(run: Path, name: str) -> pa.Table:
         parts += [pq.ParquetFile(p).read() for p in paths]
     parts += files.streams.get(name, {}).values()
     return pa.concat_tables(parts, promote_options="default")
+
+
+def frame(run: Path, name: str) -> pd.DataFrame:
+    """As `read`, as a pandas frame."""
+    return read(run, name).to_pandas()
