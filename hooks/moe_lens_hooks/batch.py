@@ -45,10 +45,10 @@ class Batch:
         group_T: int; tag, or G + tag for padding. None: one tag and no padding.
         padded: There may be padding: groups are 2 G.
         tokens_G: Valid tokens by tag.
-        sequence_T, position_T: Number of the sequence on this rank, position in it (host).
+        sequence_T: Number of the sequence on this rank (host).
         tag_T: Index of the tag (host).
         padding_T: bool (host or device); None: no padding.
-        rows_N: Sampled tokens; None: none.
+        rows_N, position_N: Sampled tokens and their positions in their sequences; None: none.
         first_seen: Packed or plain sequences that begin here: (number, tag index, user's id, row).
     """
 
@@ -59,10 +59,10 @@ class Batch:
     tokens_G: Tensor
     sequences_G: NDArray[np.int64]
     sequence_T: NDArray[np.int64]
-    position_T: NDArray[np.int32]
     tag_T: NDArray[np.int32]
     padding_T: Tensor | None
     rows_N: Tensor | None
+    position_N: Tensor | None
     first_seen: list[tuple[int, int, Any, int]]
 
     @property
@@ -135,8 +135,6 @@ class Describer:
         sequence_T, position_T, owner_T, first = self._sequences(
             B, S, context.sequences, past, continues
         )
-        if positions is not None and tuple(positions.shape) == (B, S):
-            position_T = self._flat(positions.detach().cpu().numpy()).astype(np.int32)
         names, tag_T = self._tags(context.tags, B, S, owner_T)
         pad = _padding(context.padding, padding, B, S, device)
         padding_T = None if pad is None else (pad if self._layout == "bs" else pad.T).reshape(-1)
@@ -151,7 +149,13 @@ class Describer:
             counted.index_add_(0, group_T, torch.ones_like(group_T, dtype=torch.int64))
             tokens_G = counted[:G]
         kept_T = keeps(sequence_T) if T else np.zeros(0, bool)
-        rows = torch.from_numpy(np.flatnonzero(kept_T)).to(device) if kept_T.any() else None
+        rows, position_N = None, None
+        if kept_T.any():
+            rows = torch.from_numpy(np.flatnonzero(kept_T)).to(device)
+            position_N = torch.from_numpy(position_T[kept_T])
+            if positions is not None and tuple(positions.shape) == (B, S):
+                given = positions.detach() if self._layout == "bs" else positions.detach().T
+                position_N = given.reshape(-1)[rows]
         _, at = np.unique(sequence_T, return_index=True)
         by_tag = np.bincount(tag_T[at], minlength=G) if T else np.zeros(G, np.int64)
         started = [
@@ -165,10 +169,10 @@ class Describer:
             tokens_G,
             by_tag.astype(np.int64),
             sequence_T,
-            position_T,
             tag_T,
             padding_T,
             rows,
+            position_N,
             started,
         )
 

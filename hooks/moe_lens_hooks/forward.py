@@ -114,7 +114,7 @@ class OpenForward:
         for x in self.layers:
             x.reduced.rows = {}
         for batch in self.batches.values():
-            batch.rows_N = None
+            batch.rows_N = batch.position_N = None
         self.row_bytes = 0
         self._copy = HostCopy(self._tensors())
 
@@ -122,7 +122,8 @@ class OpenForward:
         parts: list[Tensor] = []
         for b in self.batches.values():
             parts += [b.tokens_G]
-            parts += [t for t in (b.padding_T, b.rows_N, self.token_ids) if t is not None]
+            kept = (b.padding_T, b.rows_N, b.position_N, self.token_ids)
+            parts += [t for t in kept if t is not None]
         for r in (x.reduced for x in self.layers):
             parts += [t for numbers in (r.counts, r.rows, r.problems) for t in numbers.values()]
         return parts
@@ -173,6 +174,7 @@ class OpenForward:
         tokens_G = next(landed)
         padding_T = None if batch.padding_T is None else next(landed)
         rows_N = None if batch.rows_N is None else next(landed)
+        position_N = None if batch.position_N is None else next(landed)
         ids_T = None if self.token_ids is None else next(landed).reshape(-1)
         whole.tokens_G[at] += tokens_G
         whole.sequences_G[at] += batch.sequences_G
@@ -181,13 +183,13 @@ class OpenForward:
             keys = {k: None if row >= len(v) else str(v[row]) for k, v in self.context.keys.items()}
             request = None if said is None else str(said)
             whole.sequences.append(SequenceRow(number, batch.tags[tag], request, keys))
-        if rows_N is not None:
+        if rows_N is not None and position_N is not None:
             known = ids_T is not None and len(ids_T) == batch.size
             rows = TokenRows(
                 stream=stream,
                 token_N=rows_N.astype(np.int32),
                 sequence_N=batch.sequence_T[rows_N],
-                position_N=batch.position_T[rows_N],
+                position_N=position_N.astype(np.int32),
                 padding_N=np.zeros(len(rows_N), bool) if padding_T is None else padding_T[rows_N],
                 tag_N=np.array(at, np.int32)[batch.tag_T[rows_N]],
                 token_id_N=ids_T[rows_N].astype(np.int32) if known and ids_T is not None else None,

@@ -43,7 +43,9 @@ class StagedLosses:
                     f"{B} x {S} tokens. Give losses per token [{B}, {S}] or [{B}, {S - 1}] (NaN "
                     f"where there is none), or one mean per sequence [{B}]."
                 )
-        parts = [loss, *(t for t in (batch.padding_T, batch.rows_N) if t is not None)]
+        kept = (batch.padding_T, batch.rows_N, batch.position_N)
+        self._rows = batch.rows_N is not None
+        parts = [loss, *(t for t in kept if t is not None)]
         self._copy = HostCopy(parts)
 
     def resolve(self) -> Losses:
@@ -52,18 +54,15 @@ class StagedLosses:
         valid_T = np.ones(batch.size, bool)
         if batch.padding_T is not None:
             valid_T = ~rest.pop(0)
-        rows_N = rest.pop(0) if batch.rows_N is not None else np.zeros(0, np.int64)
+        rows_N, position_N = rest if self._rows else [np.zeros(0, np.int64)] * 2
         loss_T = loss[self._owner_T()] if self._per_sequence else loss
         here_T = valid_T & np.isfinite(loss_T)
         G = len(batch.tags)
         sums = np.bincount(batch.tag_T[here_T], loss_T[here_T], minlength=G).astype(np.float64)
         counts = np.bincount(batch.tag_T[here_T], minlength=G)
-        rows_N = rows_N[here_T[rows_N]]
-        sequence_N, position_N, loss_N = (
-            batch.sequence_T[rows_N],
-            batch.position_T[rows_N],
-            loss_T[rows_N],
-        )
+        here_N = here_T[rows_N]
+        rows_N, position_N = rows_N[here_N], position_N[here_N].astype(np.int32)
+        sequence_N, loss_N = batch.sequence_T[rows_N], loss_T[rows_N]
         if self._per_sequence:
             sequence_N, at = np.unique(sequence_N, return_index=True)
             loss_N = loss_N[at]

@@ -39,7 +39,7 @@ def test_sb_layout_flattens_positions_first():
     describer = Describer(lambda tag: tag, "sb")
     batch = describe((2, 3), describer, tags=["x", "y"])
     assert by_token(batch) == ["x", "y"] * 3
-    assert batch.position_T.tolist() == [0, 0, 1, 1, 2, 2]
+    assert batch.position_N.tolist() == [0, 0, 1, 1, 2, 2]
     assert batch.sequence_T.tolist() == [0, 1] * 3
     with pytest.raises(ValueError, match="layout='xy'"):
         Describer(lambda tag: tag, "xy")
@@ -54,14 +54,14 @@ def test_every_row_is_a_new_sequence_unless_it_continues_or_was_named():
     assert [(n, said) for n, _, said, _ in named.first_seen] == [(4, "r7"), (5, "r8")]
     again = describe((2, 1), describer, sequences=["r8", "r9"], past=4)
     assert again.sequence_T.tolist() == [5, 6]
-    assert again.position_T.tolist() == [4, 4]
+    assert again.position_N.tolist() == [4, 4]
     assert [said for _, _, said, _ in again.first_seen] == ["r9"]
 
 
 def test_cumulative_lengths_pack_sequences_into_one_row():
     batch = describe((1, 6), sequences=torch.tensor([0, 2, 6]), tags=["x", "y"])
     assert batch.sequence_T.tolist() == [0, 0, 1, 1, 1, 1]
-    assert batch.position_T.tolist() == [0, 1, 0, 1, 2, 3]
+    assert batch.position_N.tolist() == [0, 1, 0, 1, 2, 3]
     assert by_token(batch) == ["x"] * 2 + ["y"] * 4
     assert batch.sequences_G.tolist() == [1, 1]
     with pytest.raises(ValueError, match="end at 5, but this forward has 6"):
@@ -71,12 +71,12 @@ def test_cumulative_lengths_pack_sequences_into_one_row():
 def test_sequence_ids_per_token_pack_too():
     batch = describe((2, 3), sequences=[[7, 7, 8], [8, 9, 9]])
     assert batch.sequence_T.tolist() == [0, 0, 1, 2, 3, 3]
-    assert batch.position_T.tolist() == [0, 1, 0, 0, 0, 1]
+    assert batch.position_N.tolist() == [0, 1, 0, 0, 0, 1]
 
 
 def test_positions_the_model_was_given_win():
     given = torch.tensor([[0, 0, 1], [0, 1, 2]])
-    assert describe((2, 3), positions=given).position_T.tolist() == [0, 0, 1, 0, 1, 2]
+    assert describe((2, 3), positions=given).position_N.tolist() == [0, 0, 1, 0, 1, 2]
 
 
 def test_padding_as_mask_lengths_or_nothing():
