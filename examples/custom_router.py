@@ -11,7 +11,7 @@ import torch
 
 import moe_lens
 
-run = sys.argv[1] if len(sys.argv) > 1 else "traces/by_hand"
+run = sys.argv[1] if len(sys.argv) > 1 else "traces/custom_router"
 torch.manual_seed(0)
 EXPERTS, TOP_K, CAPACITY = 6, 2, 14
 router = torch.nn.Linear(16, EXPERTS)

@@ -1,4 +1,4 @@
-"""moe_lens: see, query and replay the routing of Mixture-of-Experts models.
+"""moe_lens: see and query the routing of Mixture-of-Experts models.
 
 The front door. Names load what they need when they are first used, so that `import moe_lens` costs
 nothing and works where torch, duckdb or streamlit are missing.

@@ -46,7 +46,7 @@ def root(
         ),
     ] = False,
 ) -> None:
-    """See, query and replay the routing of Mixture-of-Experts models.
+    """See and query the routing of Mixture-of-Experts models.
 
     \b
     moe-lens demo                             watch a small MoE language model learn

@@ -44,6 +44,8 @@ class Observed:
     problems: dict[str, int | Tensor] = field(default_factory=dict)
     """What the adapter found contradictory, and for how many tokens (a 0-dim tensor may stay on
     its device)."""
+    calls: int = 1
+    """How often the experts were called: more than once is more than this holds."""
     held: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
     """Tensors as they were when they were seen, with their versions; see `hold`."""
 

@@ -139,7 +139,7 @@ class Describer:
         pad = _padding(context.padding, padding, B, S, device)
         padding_T = None if pad is None else (pad if self._layout == "bs" else pad.T).reshape(-1)
         G = len(names)
-        group_T, tokens_G = None, torch.full((1,), T, dtype=torch.int64)
+        group_T, tokens_G = None, torch.full((1,), T, dtype=torch.int64, device="cpu")
         if G > 1 or padding_T is not None:
             group_T = torch.from_numpy(tag_T).to(device)
             if padding_T is not None:
@@ -153,8 +153,9 @@ class Describer:
         if kept_T.any():
             rows = torch.from_numpy(np.flatnonzero(kept_T)).to(device)
             position_N = torch.from_numpy(position_T[kept_T])
-            if positions is not None and tuple(positions.shape) == (B, S):
-                given = positions.detach() if self._layout == "bs" else positions.detach().T
+            if positions is not None and tuple(positions.shape) in ((B, S), (1, S)):
+                given = positions.detach().expand(B, S)
+                given = given if self._layout == "bs" else given.T
                 position_N = given.reshape(-1)[rows]
         _, at = np.unique(sequence_T, return_index=True)
         by_tag = np.bincount(tag_T[at], minlength=G) if T else np.zeros(G, np.int64)
@@ -251,9 +252,15 @@ class Describer:
         self, said: Any, B: int, S: int, owner_T: NDArray[np.int64]
     ) -> tuple[list[str], NDArray[np.int32]]:
         T = B * S
-        if said is None or isinstance(said, str):
-            return [self._admit(said or UNTAGGED)], np.zeros(T, np.int32)
-        values = _listed(said)
+        if said is None:
+            said = UNTAGGED
+        values = [said] if isinstance(said, str) else _listed(said)
+        if (
+            not isinstance(said, Sequence | np.ndarray | Tensor)
+            or isinstance(said, str)
+            or not np.ndim(said)
+        ):
+            return [self._admit(str(values[0]))], np.zeros(T, np.int32)
         if values and isinstance(values[0], list):
             _fits("tags", [len(values), len(values[0])], B, S)
             flat = self._flat(np.array(values, dtype=object))
@@ -317,8 +324,8 @@ def _padding(
     given = torch.as_tensor(said)
     if given.ndim == 1 and given.dtype != torch.bool:  # valid lengths, padding on the right
         _fits("padding", [len(given)], B, S)
-        return (torch.arange(S)[None] >= given[:, None].cpu()).to(device)
+        return torch.arange(S, device=device)[None] >= given.to(device)[:, None]
     _fits("padding", list(given.shape), B, S)
     if given.ndim == 1:
         given = given[:, None].expand(B, S)
-    return given.to(device=device, dtype=torch.bool)
+    return given.to(device=device, dtype=torch.bool, copy=True)

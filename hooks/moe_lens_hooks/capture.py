@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakSet
@@ -94,14 +95,16 @@ class Capture:
         """Forwards that an exception ended before their root module returned."""
         self._names = _argument_names(model)
         self._handles: list[Any] = []
-        if model is not None:
-            self._handles += [
-                model.register_forward_pre_hook(_untraced(self._enter_root), with_kwargs=True),
-                model.register_forward_hook(_untraced(self._leave_root), with_kwargs=True),
-            ]
         for layer in layers:
             self._attach(layer)
             _recorded.add(layer.block)
+        if model is not None:  # last, around the blocks': the root may be a block itself
+            self._handles += [
+                model.register_forward_pre_hook(
+                    _untraced(self._enter_root), with_kwargs=True, prepend=True
+                ),
+                model.register_forward_hook(_untraced(self._leave_root), with_kwargs=True),
+            ]
 
     def detach(self) -> None:
         """Take every hook off again."""
@@ -118,6 +121,13 @@ class Capture:
         if self.current is None:
             self.current = self._begin({}, True)
         return self.current
+
+    def abandon(self) -> None:
+        """A step ends: a forward that is still open was ended by an exception."""
+        if self.current is not None:
+            self.aborted, self.current = self.aborted + 1, None
+            self._stack.clear()
+            self._shapes.clear()
 
     def end_implicit(self) -> None:
         """A step or a root forward begins or ends: what ran without a root belongs together."""
@@ -142,14 +152,16 @@ class Capture:
 
     def _tap(self, module: nn.Module, when: str, read: Read) -> None:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self._stack and not recomputing():
-                read(self._stack[-1], args, kwargs, None)
-                self._stack[-1].hold()
+            if self._stack and not recomputing() and not self._elsewhere():
+                seen = self._stack[-1]
+                earlier = seen.expert_ids_TK
+                self._read(read, module, args, kwargs, None)
+                if earlier is not None and seen.expert_ids_TK is not earlier:
+                    seen.calls += 1
 
         def after(_: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
-            if self._stack and not recomputing():
-                read(self._stack[-1], args, kwargs, output)
-                self._stack[-1].hold()
+            if self._stack and not recomputing() and not self._elsewhere():
+                self._read(read, module, args, kwargs, output)
 
         if when == "input":
             handle = module.register_forward_pre_hook(_untraced(before), with_kwargs=True)
@@ -157,8 +169,29 @@ class Capture:
             handle = module.register_forward_hook(_untraced(after), with_kwargs=True)
         self._handles.append(handle)
 
+    def _read(self, read: Read, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Let the adapter look; its mistakes are breaches, not exceptions inside the model."""
+        try:
+            read(self._stack[-1], args, kwargs, output)
+        except Exception as e:
+            assert self.current is not None
+            what = f"{type(e).__name__}: {e}"
+            self.current.problem(f"the adapter could not read {type(module).__name__} ({what})")
+        else:
+            self._stack[-1].hold()
+
+    def _elsewhere(self) -> bool:
+        """Another thread is in the middle of a forward: what this one sees is not of it."""
+        forward = self.current
+        if forward is None or forward.thread == threading.get_ident():
+            return False
+        forward.problem(
+            "two threads ran the model at once: only the first one's forward is recorded"
+        )
+        return True
+
     def _enter_root(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
-        if recomputing():
+        if recomputing() or self._elsewhere():
             return
         self.end_implicit()
         if self.current is not None:
@@ -169,13 +202,13 @@ class Capture:
         self.current = self._begin(named, False)
 
     def _leave_root(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if recomputing() or self.current is None:
+        if recomputing() or self.current is None or self._elsewhere():
             return
         forward, self.current = self.current, None
         self._end(forward)
 
     def _enter_block(self, layer: MoELayer, args: tuple[Any, ...], kwargs: Any) -> None:
-        if recomputing():
+        if recomputing() or self._elsewhere():
             return
         forward = self.current
         if forward is not None and forward.implicit and id(layer.block) in forward.entered:
@@ -187,15 +220,21 @@ class Capture:
         self._shapes.append(_rows_and_positions(args, kwargs))
 
     def _leave_block(self, layer: MoELayer) -> None:
-        if recomputing() or not self._stack or self.current is None:
+        if recomputing() or self._elsewhere() or not self._stack or self.current is None:
             return
         seen, shape = self._stack.pop(), self._shapes.pop()
         times = self.current.entered.get(id(layer.block), 0)
         self.current.entered[id(layer.block)] = times + 1
         if seen.expert_ids_TK is None or seen.weights_TK is None:
             self.current.problem(
-                f"{layer.info.path} ran, but its experts were not called as a module (fused or "
-                "compiled code may bypass it); see docs/hooks.md"
+                f"{layer.info.path} ran, but its adapter ({layer.info.adapter}) saw no expert ids "
+                "or weights: fused or compiled code may bypass the experts module; see docs/hooks.md"
+            )
+            return
+        if seen.calls > 1:
+            self.current.problem(
+                f"{layer.info.path} called its experts {seen.calls} times in one forward: "
+                "only whole calls can be recorded. Write an adapter that joins them (docs/hooks.md)"
             )
             return
         with torch.inference_mode():
@@ -211,6 +250,10 @@ def _argument_names(model: nn.Module | None) -> list[str]:
     if model is None:
         return []
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    while isinstance(
+        inner := getattr(model, "module", getattr(model, "_orig_mod", None)), nn.Module
+    ):
+        model = inner  # DistributedDataParallel, torch.compile
     parameters = inspect.signature(model.forward).parameters.values()
     return [p.name for p in parameters if p.kind in kinds]
 

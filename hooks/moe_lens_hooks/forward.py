@@ -72,6 +72,8 @@ class OpenForward:
     step: int
     forward: int
     phase: str
+    past: int = 0
+    """Positions in the cache when the forward began (its layers add to it as they run)."""
     inputs: dict[str, Any] = field(default_factory=dict)
     """The root module's arguments by name, as far as they have one."""
     implicit: bool = False
@@ -82,6 +84,7 @@ class OpenForward:
     """By stream."""
     pending: list[Pending] = field(default_factory=list)
     layers: list[Seen] = field(default_factory=list)
+    thread: int = field(default_factory=threading.get_ident)
     seen: int = 0
     """MoE layers whose routing was seen."""
     entered: dict[int, int] = field(default_factory=dict)
@@ -104,6 +107,9 @@ class OpenForward:
     def close(self) -> None:
         """The forward is over: start the copies to the host."""
         self.host_ns = time.perf_counter_ns() - self._t0
+        self.inputs = {}  # the caller's tensors, cache and graph are not ours to keep
+        if self.token_ids is not None:
+            self.token_ids = self.token_ids.clone()  # the caller may refill its buffer
         self.row_bytes = sum(t.nbytes for x in self.layers for t in x.reduced.rows.values())
         self._copy = HostCopy(self._tensors())
 
@@ -134,7 +140,7 @@ class OpenForward:
             if self._whole is None:
                 assert self._copy is not None
                 self._whole = self._assemble(self._copy.arrays())
-                self._copy = None
+                self._copy, self.layers, self.token_ids = None, [], None
             return self._whole
 
     def _assemble(self, arrays: list[NDArray[Any]]) -> Forward:

@@ -51,6 +51,7 @@ class Intake:
         layout: str,
         first_sequence: int,
         tags: list[str],
+        layers: list[LayerInfo],
         *,
         keep_logits: bool,
         keep_token_ids: bool,
@@ -63,6 +64,8 @@ class Intake:
         self._layout = layout
         self._describer = Describer(self._admit, layout, first_sequence)
         self._tags = list(tags)
+        self._layers = {x.layer: x for x in layers}
+        self._numbers = {x.path: x.layer for x in layers}
         self._keep_logits, self._keep_token_ids = keep_logits, keep_token_ids
         self._edit, self._warn = edit, warn
         self._meanings: dict[int, Semantics | None] = {}
@@ -83,6 +86,7 @@ class Intake:
             phase=context.phase or phase_of(self._model, inputs),
             context=context,
             inputs=inputs,
+            past=cached_positions(inputs),
             implicit=implicit,
             token_ids=ids if isinstance(ids, Tensor) else None,
             sampled=self._sampling.share > 0 and step % self._sampling.every == 0,
@@ -116,14 +120,26 @@ class Intake:
         """
         ids = seen.expert_ids_TK
         assert ids is not None
-        if wrong := _misshapen(info, seen):
+        if wrong := _misshapen(self.infos.get(key, info), seen):
             forward.problem(f"{info.path}: {wrong}. Its routing cannot be recorded")
             return
         experts = info.experts + info.zero_experts
         known = self.infos.get(key)
         if known is None:
             # A layer is seen for the first time: its number is its place in the order of calls.
-            known = replace(info, layer=len(self.infos), top_k=ids.shape[1])
+            # One that an earlier attempt saw keeps the number it had.
+            number = self._numbers.setdefault(info.path, len(self._numbers))
+            before = self._layers.get(number)
+            if before is not None and (before.experts, before.top_k) != (
+                info.experts,
+                ids.shape[1],
+            ):
+                forward.problem(
+                    f"{info.path} has {info.experts} experts, top-{ids.shape[1]}; in the trace "
+                    f"that is resumed it had {before.experts}, top-{before.top_k}. Record into a new folder"
+                )
+                return
+            known = replace(info, layer=number, top_k=ids.shape[1])
             self._note(key, known, learn(seen, router, experts))
         elif self._meanings[known.layer] is None:  # the forwards before had no usable token
             self._note(key, known, learn(seen, router, experts))
@@ -183,7 +199,8 @@ class Intake:
         elif key in self.infos:
             return
         self.infos[key], self._meanings[info.layer] = info, meaning
-        infos = list(self.infos.values())
+        self._layers[info.layer] = info
+        infos = [self._layers[i] for i in sorted(self._layers)]
         self._edit(lambda meta: setattr(meta, "layers", infos))
 
     def _describe(
@@ -202,8 +219,8 @@ class Intake:
             forward.context,
             padding=padding_from_mask(mask, B, S),
             positions=positions if isinstance(positions, Tensor) else None,
-            past=0 if stream == "encoder" else cached_positions(forward.inputs),
-            continues=forward.phase == "decode" or bool(forward.batches),
+            past=0 if stream == "encoder" else forward.past,
+            continues=forward.past > 0 or bool(forward.batches),
             keeps=keeps,
             device=ids.device,
         )
@@ -239,6 +256,14 @@ def _misshapen(info: LayerInfo, seen: Observed) -> str | None:
         return (
             f"the router chose {list(seen.router_ids_TK.shape)}, the experts got {list(ids.shape)}"
         )
-    if seen.logits_TE is not None and len(seen.logits_TE) != len(ids):
-        return f"{len(seen.logits_TE)} rows of logits for {len(ids)} tokens"
+    experts = info.experts + info.zero_experts
+    if seen.logits_TE is not None and tuple(seen.logits_TE.shape) != (len(ids), experts):
+        got = list(seen.logits_TE.shape)
+        return f"logits are {got} for {len(ids)} tokens and {experts} experts"
+    if seen.kept_TK is not None and (
+        seen.kept_TK.dtype != torch.bool or seen.kept_TK.shape != ids.shape
+    ):
+        return (
+            f"kept is {seen.kept_TK.dtype} {list(seen.kept_TK.shape)}, not bool {list(ids.shape)}"
+        )
     return None

@@ -29,7 +29,7 @@ class StagedLosses:
 
     def __init__(self, loss: Tensor, batch: Batch, layout: str) -> None:
         B, S = batch.shape
-        loss = loss.detach().float()
+        loss = loss.detach().to(torch.float32, copy=True)  # the caller may change it in place
         self._batch, self._layout = batch, layout
         self._per_sequence = loss.ndim == 1 and len(loss) == B and (S != 1 or batch.size != B)
         if loss.ndim == 2 and tuple(loss.shape) == (B, S - 1):

@@ -157,6 +157,7 @@ class Recorder:
             layout,
             opened.next_sequence,
             opened.meta.tags,
+            opened.meta.layers,
             keep_logits=logits,
             keep_token_ids=token_ids,
             edit=self._writer.edit,
@@ -203,6 +204,7 @@ class Recorder:
         """
         if self._context is not None:
             raise CaptureBreach("rec.step inside rec.step: end the first one before the next.")
+        self._capture.end_implicit()
         if number is not None:
             if number < self._next_step and not self._resumed:
                 raise ValueError(f"step number {number} must be at least {self._next_step}")
@@ -211,7 +213,6 @@ class Recorder:
             raise ValueError(
                 f"keys {sorted(unknown)} were not declared; declare them: record(..., keys=[...])"
             )
-        self._capture.end_implicit()
         given = {name: list(values) for name, values in (keys or {}).items()}
         self._context = StepContext(tags, sequences, padding, phase, given)
         self._of_step, self._forward = [], 0
@@ -222,7 +223,7 @@ class Recorder:
             raise
         ran = bool(self._of_step) or self._capture.current is not None
         self._end_step()
-        if not ran and self._forwards == 0 and not self._closed:
+        if not ran and self._forwards == 0 and not self._closed and not self._writer.failed:
             self._watch.breach(
                 "a step ended in which the recorded model did not run, nor in any before it. "
                 + REMEDY
@@ -240,12 +241,14 @@ class Recorder:
             ValueError: Another shape.
             CaptureBreach: No forward has run.
         """
+        if self._writer.failed or self._closed:
+            return
+        self._capture.end_implicit()
         last = self._last_forward()
         stream = "decoder" if "decoder" in last.batches else next(iter(last.batches), None)
         if stream is None:
             raise CaptureBreach("rec.loss: the last forward routed nothing that could be recorded")
-        if not self._writer.failed:
-            self._writer.put(StagedLosses(loss, last.batches[stream], self._layout))
+        self._writer.put(StagedLosses(loss, last.batches[stream], self._layout))
 
     def log(
         self,
@@ -341,14 +344,13 @@ class Recorder:
         """
         if self._closed:
             return
-        if self._context is not None:
-            self._end_step()
-        self._capture.end_implicit()
+        self._context = self._context or StepContext()  # what ends now raises below, when sealed
+        self._end_step()
         self._capture.detach()
         self._closed = True
         never = [x.info.path for x in self._layers if x.block not in self._capture.entered]
         atexit.unregister(self._at_exit)
-        if not self._forwards and error is None:
+        if not self._forwards and error is None and not self._writer.failed:
             self._watch.breach(f"nothing was recorded into {self.path}. {REMEDY}")
         self._mark_end(never, error)
         try:
@@ -408,6 +410,7 @@ class Recorder:
 
     def _end_step(self) -> None:
         self._capture.end_implicit()
+        self._capture.abandon()
         self._context = None
         self._last_step, self._of_step = self._of_step, []
         if self._last_step:

@@ -74,9 +74,10 @@ def learn(seen: Observed, router: nn.Module | None, experts: int) -> Semantics |
     if ids.shape[1] == 1:  # any weight is proportional to one number: it must be the number
         fits = [s for s in order if _equal(_raw(z, s).gather(1, ids), w, tolerance)]
     bias = _bias(router, experts)
-    name, rank = _selection(z, chosen, seen.bias_E if bias is None else bias, router)
+    score = fits[0] if fits else hint
+    name, rank = _selection(z, chosen, seen.bias_E if bias is None else bias, router, score)
     return Semantics(
-        score=fits[0] if fits else hint,
+        score=score,
         selection=name,
         rank=rank,
         normalised=bool(torch.allclose(w.sum(-1), torch.ones(len(w), device=w.device), atol=0.02)),
@@ -118,38 +119,46 @@ def _bias(router: nn.Module | None, experts: int) -> Tensor | None:
 
 
 def _selection(
-    z: Tensor, ids: Tensor, bias: Tensor | None, router: nn.Module | None
+    z: Tensor, ids: Tensor, bias: Tensor | None, router: nn.Module | None, score: str | None
 ) -> tuple[str | None, Score | None]:
     """The first candidate for which the chosen experts are the best in every token."""
     groups = first_int(router, "num_group", "n_group", "num_expert_group")
     top_groups = first_int(router, "topk_group", "top_groups")
-    for name, rank in _candidates(z.shape[-1], bias is not None, groups, top_groups):
-        score = rank(z, bias)
-        if not bool(torch.isfinite(score.gather(1, ids)).all()):
+    for name, rank in _candidates(z.shape[-1], bias is not None, groups, top_groups, score):
+        s = rank(z, bias)
+        if not bool(torch.isfinite(s.gather(1, ids)).all()):
             continue
-        worst_chosen = score.gather(1, ids).amin(-1)
-        best_other = score.scatter(1, ids, -math.inf).amax(-1)
+        worst_chosen = s.gather(1, ids).amin(-1)
+        best_other = s.scatter(1, ids, -math.inf).amax(-1)
         if bool((worst_chosen >= best_other - 1e-6).float().mean() > 0.999):
             return name, rank
     return None, None
 
 
 def _candidates(
-    experts: int, has_bias: bool, groups: int | None, top_groups: int | None
+    experts: int, has_bias: bool, groups: int | None, top_groups: int | None, score: str | None
 ) -> list[tuple[str, Score]]:
-    out: list[tuple[str, Score]] = [("logits", lambda z, _: z)]
-    plain: list[tuple[str, Score]] = [
-        ("sigmoid", lambda z, _: z.sigmoid()),
-        ("softmax", lambda z, _: z.softmax(-1)),
-    ]
+    """Selection scores to try, the most structured first.
+
+    Few tokens, or a bias that is still zero, fit the plain ones too, and what fits first is kept
+    for the whole run.
+    """
+    names: dict[str, Score] = {
+        "softmax": lambda z, _: z.softmax(-1),
+        "sigmoid": lambda z, _: z.sigmoid(),
+    }
+    order = sorted(names, key=lambda n: n != score)  # what the weights are proportional to, first
+    plain: list[tuple[str, Score]] = [(n, names[n]) for n in order]
+    biased: list[tuple[str, Score]] = []
     if has_bias:
-        plain = [(f"{n}+bias", lambda z, b, f=f: f(z, None) + b) for n, f in plain]  # type: ignore[misc]
-        out += plain
+        biased = [(f"{n}+bias", lambda z, b, f=f: f(z, None) + b) for n, f in plain]  # type: ignore[misc]
+    out: list[tuple[str, Score]] = []
     if groups and top_groups and groups > 1 and top_groups < groups and experts % groups == 0:
-        for name, f in plain:
-            for best, label in ((2, "groups by top-2"), (1, "groups by top-1")):
+        tops = ((2, "groups by top-2"), (1, "groups by top-1"))
+        for name, f in biased or plain:
+            for best, label in tops if has_bias else tops[::-1]:
                 out.append((f"{name}, {label}", _grouped(f, groups, top_groups, best)))
-    return out
+    return [*out, *biased, ("logits", lambda z, _: z)]
 
 
 def _grouped(score: Score, groups: int, top_groups: int, best: int) -> Score:

@@ -21,7 +21,13 @@ def to_text(answer: Result, format: str, rows: int | None) -> str:
         rows: Rows that a table shows at most; None: all. The others always have all.
     """
     if format == "csv":
-        return str(answer.df().to_csv(index=False))
+        frame = answer.df()
+        for name in frame.columns:  # lists as JSON, not as numpy prints its arrays
+            if frame[name].map(lambda v: hasattr(v, "tolist") and v.ndim == 1).any():
+                frame[name] = [
+                    json.dumps(v.tolist()) if hasattr(v, "tolist") else v for v in frame[name]
+                ]
+        return str(frame.to_csv(index=False))
     if format == "json":
         lines = [json.dumps(_finite(row), ensure_ascii=False, default=str) for row in answer.rows()]
         return "[" + ",\n ".join(lines) + "]\n"

@@ -74,6 +74,11 @@ def query(
             answer = trace.sql(text, **{k: _guess(v) for k, v in parameters.items()})
         else:
             answer = trace.query(text, **parameters)
+        damaged = (
+            [path for each in trace.info().runs for path in each.damaged] if skip_damaged else []
+        )
+    for path in damaged:
+        typer.echo(f"left out, damaged: {path}", err=True)
     if chosen is Format.parquet:
         write_parquet(answer, out)
     elif out is None:

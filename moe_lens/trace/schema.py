@@ -70,7 +70,9 @@ def _total(name: str, doc: str, type_: pa.DataType = F64) -> Column:
 ATTEMPT = _key("attempt", I32, "0 for the first recording, one more for each resume")
 STEP = _key("step", I64, "what the user calls a step; in a table of windows, the window's first")
 FORWARD = _key("forward", I32, "forward of the root module inside the step, from 0")
-WINDOW = _key("window", I64, "run of forwards of one phase that share rows of counts")
+WINDOW = _key(
+    "window", I64, "forwards of one phase that share rows of counts (a SQL keyword: quote it)"
+)
 PHASE = _key("phase", STR, "train, eval, prefill or decode, or what the user said")
 LAYER = _key("layer", I32, "number among MoE layers, in call order (meta: layers)")
 TAG = _key("tag", STR, f"the user's slice; at most {MAX_TAGS} and '{OTHER}'")
@@ -183,7 +185,7 @@ TABLES: dict[str, Table] = {
         ),
         Table(
             "sequences",
-            "sequence of which per-token rows are kept; the user's key columns come last",
+            "a sequence of which per-token rows are kept; the user's key columns come last",
             (
                 ATTEMPT,
                 _key("sequence", I64, "number of the sequence on this rank"),

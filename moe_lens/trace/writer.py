@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -180,6 +181,7 @@ class TraceWriter:
         out: dict[str, list[pa.Table]] = {}
         forwards = [e for e in batch if isinstance(e, StagedForward)]
         sizes = sum(e.row_bytes for e in forwards)
+        edited = False
         try:
             for event in batch:
                 if self.failed is not None:
@@ -191,16 +193,22 @@ class TraceWriter:
                     self._store.save_meta()
                 elif isinstance(event, _Edit):
                     event.change(self.meta)
-                    self._store.save_meta()
+                    edited = True  # saved once for the whole batch: a save waits for the disk
                 else:
                     self._take(event.resolve(), out)
             if self.failed is None:
                 if self._window is not None and not self._window.alone and self._window.expired():
                     self._close_window(out)
+                if edited:
+                    self._store.save_meta()
                 self._append(out)
                 self._store.seal_old()
         except Exception as e:  # whatever it is, the model's thread must hear of it
             self.lost_forwards += len(forwards)
+            if not isinstance(e, OSError):  # the disk is well: keep what the batch had before this
+                with suppress(Exception):
+                    self._close_window(out)
+                    self._append(out)
             self._fail(e)
         finally:
             with self._changed:
