@@ -227,8 +227,8 @@ class Capture:
         self.current.entered[id(layer.block)] = times + 1
         if seen.expert_ids_TK is None or seen.weights_TK is None:
             self.current.problem(
-                f"{layer.info.path} ran, but its adapter ({layer.info.adapter}) saw no expert ids "
-                "or weights: fused or compiled code may bypass the experts module; see docs/hooks.md"
+                f"{layer.info.path} ran, but its adapter ({layer.info.adapter}) saw no ids or "
+                "weights: fused or compiled code may bypass the experts module; see docs/hooks.md"
             )
             return
         if seen.calls > 1:

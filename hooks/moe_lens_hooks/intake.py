@@ -135,8 +135,8 @@ class Intake:
                 ids.shape[1],
             ):
                 forward.problem(
-                    f"{info.path} has {info.experts} experts, top-{ids.shape[1]}; in the trace "
-                    f"that is resumed it had {before.experts}, top-{before.top_k}. Record into a new folder"
+                    f"{info.path} has {info.experts} experts, top-{ids.shape[1]}, in the "
+                    f"resumed trace {before.experts}, top-{before.top_k}. Record into a new folder"
                 )
                 return
             known = replace(info, layer=number, top_k=ids.shape[1])

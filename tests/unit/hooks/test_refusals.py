@@ -123,7 +123,7 @@ def test_experts_that_are_bypassed_are_a_breach_that_names_the_block(model, run)
 
 def test_breaches_can_be_warnings_that_are_counted(model, run):
     model.blocks[1].forward = lambda x: x
-    with pytest.warns(UserWarning, match="its adapter .* saw no expert ids"):
+    with pytest.warns(UserWarning, match="its adapter .* saw no ids"):
         with moe_lens.record(model, run, on_breach="warn") as rec, rec.step():
             model(IDS)
     steps = frame(run, "steps")
