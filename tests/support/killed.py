@@ -72,7 +72,8 @@ def say(text: str) -> None:
 def write_until_killed(run: Path, seed: int) -> None:
     """Through the trace writer: no torch, so the child starts quickly."""
     lock = RankLock(run, 0)
-    layers = [LayerInfo(i, f"layers.{i}", E, K) for i in range(L)]
+    # As `record` will know them that resumes this trace: a layer keeps its number by its path.
+    layers = [LayerInfo(i, str(i), E, K, adapter="rec.log") for i in range(L)]
     meta = Meta("killed", layers=layers, weights="exact", attempts=[Attempt(0, time.time_ns())])
     writer = TraceWriter(run, meta, seal_rows=SEAL_ROWS)
     say("ready")
