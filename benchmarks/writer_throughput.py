@@ -116,10 +116,10 @@ def counting(forward: Forward, rounds: int) -> dict[str, Pairs]:
     ids_LTK = torch.from_numpy(np.stack(rows).astype(np.int64))
     T, E = ids_LTK.shape[1], forward.layers[0].routed_GE.shape[1]
     none = np.zeros(T, np.int64)
-    position, tag = none.astype(np.int32), none.astype(np.int32)
+    tag = none.astype(np.int32)
     tokens = torch.tensor([T])
     batch = Batch(
-        (1, T), ["untagged"], None, False, tokens, none[:1], none, position, tag, None, None, []
+        (1, T), ["untagged"], None, False, tokens, none[:1], none, tag, None, None, None, []
     )
     tally = _Tally(batch, E, TOGETHER)
     parts = ids_LTK.split(TOGETHER)
