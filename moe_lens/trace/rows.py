@@ -47,19 +47,29 @@ def _shape(rows: LayerRows | None) -> tuple[Any, ...]:
 
 
 def _routing(forward: Forward, attempt: int, group: list[LayerCounts], *, exact: bool) -> pa.Table:
-    def gather(name: str) -> NDArray[Any] | None:
+    layers, rows = [x.layer for x in group], [len(x.rows or ()) for x in group]
+    n = sum(rows)
+
+    def gather(name: str, bits: int | None = None) -> NDArray[Any] | None:
+        """The rows of all layers in one array; floats with `bits` of their mantissa."""
         parts = [getattr(x.rows, name) for x in group]
         if parts[0] is None:
             return None
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if bits is None or parts[0].ndim == 1 or parts[0].shape[1] == 1:
+            whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+            return whole if bits is None else keep_mantissa(whole, bits)
+        whole = np.empty((n, *parts[0].shape[1:]), np.float32)
+        for part, end in zip(parts, np.cumsum(rows), strict=True):
+            # wide rows one layer at a time, which stays in the processor's cache
+            keep_mantissa(part, bits, out=whole[end - len(part) : end])
+        return whole
 
-    weights = gather("weights_NK")
-    next_ids, next_weights = gather("next_ids_NM"), gather("next_weights_NM")
-    entropy, margin, dropped = gather("entropy_N"), gather("margin_N"), gather("dropped_NK")
-    layers, rows = [x.layer for x in group], [len(x.rows or ()) for x in group]
-    n = sum(rows)
+    bits = None if exact else BF16_BITS
+    weights = gather("weights_NK", bits)
+    next_ids, next_weights = gather("next_ids_NM"), gather("next_weights_NM", bits)
+    entropy, margin = gather("entropy_N", BF16_BITS), gather("margin_N", BF16_BITS)
+    dropped = gather("dropped_NK")
     no_lists = pa.nulls(n, pa.list_(pa.int32()))
-    keep = (lambda x: x) if exact else (lambda x: keep_mantissa(x, BF16_BITS))
     return as_table(
         "routing",
         _keys(forward, attempt, n)
@@ -67,11 +77,11 @@ def _routing(forward: Forward, attempt: int, group: list[LayerCounts], *, exact:
             "layer": np.repeat(np.array(layers, np.int32), rows),
             "token": gather("token_N"),
             "expert_ids": lists(_not_none(gather("expert_ids_NK"))),
-            "weights": lists(keep(_not_none(weights))),
+            "weights": lists(_not_none(weights)),
             "next_ids": no_lists if next_ids is None else _runners(next_ids, next_ids),
             "next_weights": pa.nulls(n, pa.list_(pa.float32()))
             if next_weights is None or next_ids is None
-            else _runners(keep(next_weights), next_ids, next_weights),
+            else _runners(next_weights, next_ids, next_weights),
             "entropy": _optional(entropy, n),
             "margin": _optional(margin, n),
             "dropped": no_lists if dropped is None else _slots(dropped),
@@ -153,18 +163,19 @@ def _keys(forward: Forward, attempt: int, n: int) -> dict[str, Any]:
 def _optional(x_N: NDArray[Any] | None, n: int) -> pa.Array:
     if x_N is None:
         return pa.nulls(n, pa.float32())
-    return pa.array(keep_mantissa(x_N, BF16_BITS), from_pandas=True)  # NaN: null
+    return pa.array(x_N, from_pandas=bool(np.isnan(x_N).any()))  # NaN: null; looking is cheaper
 
 
 def _runners(
     values_NM: NDArray[Any], ids_NM: NDArray[Any], like_NM: NDArray[Any] | None = None
 ) -> pa.ListArray:
     """Lists of runners-up; null where there is none (id below 0, or a weight that is NaN)."""
+    # Looking at all values at once is cheaper than at each row, and mostly finds nothing.
+    if ids_NM.min(initial=0) >= 0 and (like_NM is None or not np.isnan(like_NM).any()):
+        return lists(values_NM)
     absent_N = np.asarray((ids_NM < 0).any(1))
     if like_NM is not None:
         absent_N |= np.isnan(like_NM).any(1)
-    if not absent_N.any():
-        return lists(values_NM)
     here = values_NM[~absent_N]
     k = values_NM.shape[1]
     return _ragged(np.where(absent_N, 0, k), here.ravel(), absent_N)

@@ -16,6 +16,9 @@ from moe_lens.trace.schema import Table
 ROW_GROUP = 131_072
 """Rows per row group: 16 k doubles the cost of short queries, 512 k loses pruning by layer."""
 
+MIN_RUN = 512
+"""Rows of one layer in a row, on average, from which sorting moves runs instead of single rows."""
+
 
 def _path(column: pa.Field) -> str:
     """The name of a column's leaf in Parquet."""
@@ -35,6 +38,7 @@ def open_parquet(path: Path, table: Table) -> pq.ParquetWriter:
         use_dictionary=by_dictionary,
         column_encoding=dict.fromkeys(split, "BYTE_STREAM_SPLIT"),
         write_statistics=[c.name for c in table.columns if c.packing == "dictionary"],
+        max_rows_per_page=ROW_GROUP,  # the default, 20,000, costs 2.5 % more bytes (`load`: 10 %)
         store_schema=False,  # its dictionary and nullability hints trip other engines
     )
 
@@ -66,8 +70,17 @@ def _row_groups(table: Table, rows: pa.Table) -> Iterator[pa.Table]:
     if table.sort[:1] != ("layer",):
         yield from (rows.slice(start, ROW_GROUP) for start in starts)
         return
+    layer = rows.column("layer").to_numpy()
+    # Forwards append their rows layer by layer: long runs are moved whole, nothing is copied.
+    first = np.concatenate([[0], np.flatnonzero(np.diff(layer)) + 1])
+    if len(first) * MIN_RUN <= rows.num_rows:
+        length = np.diff(np.append(first, len(layer)))
+        order = np.argsort(layer[first], kind="stable")
+        by_layer = pa.concat_tables([rows.slice(first[i], length[i]) for i in order])
+        yield from (by_layer.slice(start, ROW_GROUP) for start in starts)
+        return
     # int16 makes numpy's stable sort a radix sort
-    order = np.argsort(rows.column("layer").to_numpy().astype(np.int16), kind="stable")
+    order = np.argsort(layer.astype(np.int16), kind="stable")
     gather = Gather(rows)
     for start in starts:
         yield gather.take(order[start : start + ROW_GROUP])
