@@ -20,7 +20,6 @@ class HostCopy:
     """Tensors on their way to the host."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
-        self.nbytes = sum(t.nbytes for t in tensors)
         self._source = tensors
         self._host = tensors
         self._landed: torch.cuda.Event | None = None
