@@ -9,10 +9,14 @@ Legend: T tokens, K choices per token, E experts.
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from moe_lens.trace.meta import LayerInfo
@@ -39,11 +43,24 @@ class Observed:
     """Choices one expert takes in one capacity group."""
     capacity_groups: int = 1
     """Capacity groups in the forward (sequences, where each has a capacity of its own)."""
+    chosen_TK: Tensor | None = None
+    """bool; False: this slot holds no choice (dynamic k, the router chose fewer than K). None: all
+    slots are choices."""
+    choices: int | Tensor | None = None
+    """With `chosen_TK`: how many choices the router made, counted independently of the ids (a
+    0-dim tensor may stay on its device)."""
+    token_T: Tensor | None = None
+    """int; the tokens that these rows are, as flat indices in the forward's stream. None: all of
+    its tokens in order."""
     bias_E: Tensor | None = None
     """float; what is added to the scores for selection only."""
     problems: dict[str, int | Tensor] = field(default_factory=dict)
     """What the adapter found contradictory, and for how many tokens (a 0-dim tensor may stay on
-    its device)."""
+    its device): a breach of the capture."""
+    notes: dict[str, int | Tensor] = field(default_factory=dict)
+    """Like `problems`, but what a library is known to do: counted as a warning in the trace."""
+    present_T: Tensor | None = None
+    """bool; set by `laid_out`: the tokens that this layer saw."""
     calls: int = 1
     """How often the experts were called: more than once is more than this holds."""
     held: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
@@ -71,20 +88,55 @@ class Observed:
         """A tensor that is held was changed in place."""
         return any(v >= 0 and tensor._version != v for tensor, v in self.held.values())
 
+    def laid_out(self, tokens: int) -> Observed:
+        """The rows of `token_T` among all tokens of the forward, `present_T` saying where.
 
-_TENSORS = ("expert_ids_TK", "weights_TK", "logits_TE", "router_ids_TK", "kept_TK")
+        Args:
+            tokens: T of the forward's stream.
+        """
+        at = self.token_T
+        assert at is not None
+        whole = copy.copy(self)
+        whole.held, whole.token_T = {}, None
+        whole.present_T = torch.zeros(tokens, dtype=torch.bool, device=at.device)
+        whole.present_T[at] = True
+        for name in _TENSORS:
+            part = getattr(self, name)
+            if part is None or name == "token_T":
+                continue
+            # NaN where a layer saw no token: such logits are in no sum
+            blank = math.nan if name == "logits_TE" else 0
+            rows = torch.full((tokens, *part.shape[1:]), blank, dtype=part.dtype, device=at.device)
+            rows[at] = part.detach()
+            same = name == "router_ids_TK" and part is self.expert_ids_TK
+            setattr(whole, name, whole.expert_ids_TK if same else rows)
+        return whole
+
+
+_TENSORS = (
+    *("expert_ids_TK", "weights_TK", "logits_TE", "router_ids_TK", "kept_TK"),
+    *("chosen_TK", "token_T"),
+)
 
 Read = Callable[[Observed, tuple[Any, ...], dict[str, Any], Any], None]
 """Fills an `Observed` from a module's (args, kwargs, output); output is None for an input tap."""
 
+Around = Callable[[Observed], AbstractContextManager[Any]]
+"""A context that fills an `Observed` while a module runs."""
+
 
 @dataclass(frozen=True)
 class Tap:
-    """A hook on one module: `read` is called with its input (before it runs) or its output."""
+    """A hook on one module: `read` is called with its input (before it runs) or its output.
+
+    `around`, in place of `read`: a context that is entered before the module runs and left after
+    it, also when it raises; for what only torch's own functions inside the module see.
+    """
 
     module: nn.Module
-    when: Literal["input", "output"]
-    read: Read
+    when: Literal["input", "output", "around"]
+    read: Read | None = None
+    around: Around | None = None
 
 
 @dataclass

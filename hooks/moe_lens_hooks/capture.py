@@ -9,7 +9,8 @@ from __future__ import annotations
 import inspect
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from weakref import WeakSet
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_lens.errors import CaptureBreach, NoMoELayers, UnsupportedRouter
-from moe_lens_hooks.adapter import Adapter, MoELayer, Observed, Read
+from moe_lens_hooks.adapter import Adapter, Around, MoELayer, Observed, Read
 from moe_lens_hooks.forward import OpenForward, recomputing
 
 _SOFT = re.compile(r"soft_?(moe|mixture)", re.IGNORECASE)
@@ -31,15 +32,19 @@ Fire = Callable[[OpenForward, MoELayer, int, tuple[int, int] | None, Observed], 
 """(forward, layer, how often its block was entered before, its input's (B, S), what was seen)."""
 
 
-def find_layers(model: nn.Module, adapters: Sequence[Adapter]) -> list[MoELayer]:
+def find_layers(models: Sequence[nn.Module], adapters: Sequence[Adapter]) -> list[MoELayer]:
     """The MoE layers of a model; a module that one adapter took is not offered to the next.
+
+    Args:
+        models: The model, or its pipeline chunks: then their numbers lead the paths of the layers.
+        adapters: Asked in this order.
 
     Raises:
         NoMoELayers: None was recognised.
         UnsupportedRouter: A block is an MoE whose routing cannot be seen.
     """
     found: list[MoELayer] = []
-    for path, module in model.named_modules():
+    for path, module in _named_modules(models):
         if _SOFT.search(type(module).__name__):
             raise UnsupportedRouter(
                 f"{path} ({type(module).__name__}) is a soft mixture: each expert computes a blend "
@@ -52,18 +57,28 @@ def find_layers(model: nn.Module, adapters: Sequence[Adapter]) -> list[MoELayer]
     if not found:
         names = ", ".join(a.name for a in adapters)
         raise NoMoELayers(
-            f"{type(model).__name__} has no MoE layer that an adapter recognises ({names}). If it "
-            "is dense there is nothing to record; if it routes, write an adapter in 30 lines "
-            "(docs/hooks.md) or hand the routing to rec.log(layer, expert_ids, weights)."
+            f"{type(models[0]).__name__} has no MoE layer that an adapter recognises ({names}). "
+            "If it is dense there is nothing to record; if it routes, write an adapter in 30 lines "
+            "(docs/hooks.md), or record(None, …) and hand the routing to rec.log(layer, "
+            "expert_ids, weights)."
         )
     return found
+
+
+def _named_modules(models: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    if len(models) == 1:
+        yield from models[0].named_modules()
+        return
+    for i, model in enumerate(models):
+        yield from model.named_modules(prefix=str(i))
 
 
 class Capture:
     """Attaches hooks and keeps track of the forward that is running.
 
     Args:
-        model: The root module.
+        models: The root module, or the chunks of one that this rank runs in a pipeline, in the
+            order in which a token passes them; empty: nothing is hooked.
         layers: Its MoE layers.
         begin: Makes the state of a new forward.
         fire: Takes what one block was seen to do.
@@ -72,7 +87,7 @@ class Capture:
 
     def __init__(
         self,
-        model: nn.Module | None,
+        models: Sequence[nn.Module],
         layers: list[MoELayer],
         begin: Begin,
         fire: Fire,
@@ -88,23 +103,22 @@ class Capture:
         self._layers = layers
         self._stack: list[Observed] = []
         self._shapes: list[tuple[int, int] | None] = []
+        self._contexts: list[AbstractContextManager[Any]] = []
         self.current: OpenForward | None = None
+        self._chunks = len(models)
+        self._runs = [0] * len(models)
+        self._between: dict[int, OpenForward] = {}
+        """Pipeline: forwards that are between two chunks, by their number in the step."""
         self.entered: set[nn.Module] = set()
         """Blocks that ran at least once."""
         self.aborted = 0
         """Forwards that an exception ended before their root module returned."""
-        self._names = _argument_names(model)
         self._handles: list[Any] = []
         for layer in layers:
             self._attach(layer)
             _recorded.add(layer.block)
-        if model is not None:  # last, around the blocks': the root may be a block itself
-            self._handles += [
-                model.register_forward_pre_hook(
-                    _untraced(self._enter_root), with_kwargs=True, prepend=True
-                ),
-                model.register_forward_hook(_untraced(self._leave_root), with_kwargs=True),
-            ]
+        for i, model in enumerate(models):  # last, around the blocks': the root may be a block
+            self._attach_root(i, model)
 
     def detach(self) -> None:
         """Take every hook off again."""
@@ -128,12 +142,31 @@ class Capture:
             self.aborted, self.current = self.aborted + 1, None
             self._stack.clear()
             self._shapes.clear()
+        for forward in self._between.values():  # micro-batches that did not pass all chunks
+            forward.problem("a micro-batch did not run through all pipeline chunks in one step")
+            self._end(forward)
+        self._between.clear()
+        self._runs = [0] * self._chunks
 
     def end_implicit(self) -> None:
         """A step or a root forward begins or ends: what ran without a root belongs together."""
         if self.current is not None and self.current.implicit:
             forward, self.current = self.current, None
             self._end(forward)
+
+    def _attach_root(self, chunk: int, model: nn.Module) -> None:
+        names = _argument_names(model)
+
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._enter_root(chunk, dict(zip(names, args, strict=False)) | kwargs)
+
+        def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            self._leave_root(chunk)
+
+        self._handles += [
+            model.register_forward_pre_hook(_untraced(enter), with_kwargs=True, prepend=True),
+            model.register_forward_hook(_untraced(leave), with_kwargs=True),
+        ]
 
     def _attach(self, layer: MoELayer) -> None:
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -147,7 +180,10 @@ class Capture:
             layer.block.register_forward_pre_hook(_untraced(enter), with_kwargs=True, prepend=True),
         ]
         for tap in layer.taps:
-            self._tap(tap.module, tap.when, tap.read)
+            if tap.around is not None:
+                self._surround(tap.module, tap.around)
+            elif tap.read is not None:
+                self._tap(tap.module, tap.when, tap.read)
         self._handles.append(layer.block.register_forward_hook(_untraced(leave), with_kwargs=True))
 
     def _tap(self, module: nn.Module, when: str, read: Read) -> None:
@@ -168,6 +204,27 @@ class Capture:
         else:
             handle = module.register_forward_hook(_untraced(after), with_kwargs=True)
         self._handles.append(handle)
+
+    def _surround(self, module: nn.Module, around: Around) -> None:
+        """Hooks that enter a context before the module runs and leave it whatever happens."""
+
+        def before(_: nn.Module, args: tuple[Any, ...]) -> None:
+            context: AbstractContextManager[Any] = nullcontext()
+            if self._stack and not recomputing() and not self._elsewhere():
+                context = around(self._stack[-1])
+            context.__enter__()
+            self._contexts.append(context)
+
+        def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if self._contexts:
+                self._contexts.pop().__exit__(None, None, None)
+            if self._stack and not recomputing() and not self._elsewhere():
+                self._stack[-1].hold()
+
+        self._handles += [
+            module.register_forward_pre_hook(_untraced(before)),
+            module.register_forward_hook(_untraced(after), always_call=True),
+        ]
 
     def _read(self, read: Read, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Let the adapter look; its mistakes are breaches, not exceptions inside the model."""
@@ -190,7 +247,7 @@ class Capture:
         )
         return True
 
-    def _enter_root(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+    def _enter_root(self, chunk: int, inputs: dict[str, Any]) -> None:
         if recomputing() or self._elsewhere():
             return
         self.end_implicit()
@@ -198,14 +255,19 @@ class Capture:
             self.aborted += 1
         self._stack.clear()
         self._shapes.clear()
-        named = dict(zip(self._names, args, strict=False)) | kwargs
-        self.current = self._begin(named, False)
+        number, self._runs[chunk] = self._runs[chunk], self._runs[chunk] + 1
+        self.current = self._between.pop(number, None) if chunk else None
+        if self.current is None:
+            self.current = self._begin(inputs, False)
 
-    def _leave_root(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _leave_root(self, chunk: int) -> None:
         if recomputing() or self.current is None or self._elsewhere():
             return
         forward, self.current = self.current, None
-        self._end(forward)
+        if chunk < self._chunks - 1:
+            self._between[self._runs[chunk] - 1] = forward
+        else:
+            self._end(forward)
 
     def _enter_block(self, layer: MoELayer, args: tuple[Any, ...], kwargs: Any) -> None:
         if recomputing() or self._elsewhere():
@@ -246,9 +308,7 @@ def _untraced(hook: Callable[..., None]) -> Callable[..., None]:
     return torch.compiler.disable(hook)  # type: ignore[no-any-return,no-untyped-call]
 
 
-def _argument_names(model: nn.Module | None) -> list[str]:
-    if model is None:
-        return []
+def _argument_names(model: nn.Module) -> list[str]:
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     while isinstance(
         inner := getattr(model, "module", getattr(model, "_orig_mod", None)), nn.Module

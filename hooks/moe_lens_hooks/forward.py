@@ -50,7 +50,8 @@ class Pending:
             *(self.info.stream, self.info.experts + self.info.zero_experts, meaning),
             *(x.expert_ids_TK.shape, x.expert_ids_TK.dtype, x.weights_TK.dtype),
             *(None if x.logits_TE is None else (x.logits_TE.shape, x.logits_TE.dtype),),
-            *(x.kept_TK is None, distinct_router_ids(x)),
+            *(x.kept_TK is None, x.chosen_TK is None, x.present_T is None, x.choices is None),
+            *(distinct_router_ids(x), self.info.faithful, x.expert_ids_TK.device),
         )
 
 
@@ -60,8 +61,8 @@ class Seen:
 
     stream: str
     tokens: int
-    layers: list[tuple[int, int | None, int | None, int]]
-    """Number, top_k, capacity and capacity groups of each."""
+    layers: list[tuple[LayerInfo, int | None, int]]
+    """Each with its capacity and capacity groups."""
     reduced: Reduced
 
 
@@ -131,7 +132,8 @@ class OpenForward:
             kept = (b.padding_T, b.rows_N, b.position_N, self.token_ids)
             parts += [t for t in kept if t is not None]
         for r in (x.reduced for x in self.layers):
-            parts += [t for numbers in (r.counts, r.rows, r.problems) for t in numbers.values()]
+            named = (r.counts, r.rows, r.problems, r.notes)
+            parts += [t for numbers in named for t in numbers.values()]
         return parts
 
     def resolve(self) -> Forward:
@@ -164,7 +166,8 @@ class OpenForward:
         )
         of_batch = {s: self._add_batch(whole, s, b, landed) for s, b in self.batches.items()}
         for x in self.layers:
-            numbers = (x.reduced.counts, x.reduced.rows, x.reduced.problems)
+            r = x.reduced
+            numbers = (r.counts, r.rows, r.problems, r.notes)
             named = [{name: next(landed) for name in part} for part in numbers]
             at_G = np.array([tags.index(t) for t in self.batches[x.stream].tags])
             for counts in _layer_counts(x, *of_batch[x.stream], *named):
@@ -211,27 +214,43 @@ def _layer_counts(
     counts: dict[str, Any],
     rows: dict[str, Any],
     problems: dict[str, Any],
+    notes: dict[str, Any],
 ) -> Iterator[LayerCounts]:
     """The layers that were reduced together, one by one."""
-    valid = int(tokens_G.sum())
-    for i, (layer, top_k, capacity, groups) in enumerate(x.layers):
+    routed = counts.pop("all_tokens", np.full(len(x.layers), x.tokens))
+    chosen = counts.pop("choices", None)
+    own_tokens = counts.pop("tokens_G", None)
+    for i, (info, capacity, groups) in enumerate(x.layers):
         token_rows = None
         if rows:
             assert rows_N is not None
-            parts = {name: values[i] for name, values in rows.items()}
-            token_rows = LayerRows(token_N=rows_N.astype(np.int32), **parts)
+            token_rows = _rows(rows_N, {name: values[i] for name, values in rows.items()})
+        layer_G = tokens_G if own_tokens is None else own_tokens[i]
+        valid = int(layer_G.sum())
         yield LayerCounts(
-            layer=layer,
+            layer=info.layer,
             tokens=valid,
-            padding_tokens=x.tokens - valid,
-            tokens_G=tokens_G,
+            padding_tokens=int(routed[i]) - valid,
+            tokens_G=layer_G,
             capacity=capacity,
             capacity_groups=groups,
-            top_k=top_k,
+            top_k=info.top_k,
+            choices=None if chosen is None else int(chosen[i]),
+            faithful=info.faithful,
             problems={name: int(n[i]) for name, n in problems.items() if n[i]},
+            notes={name: int(n[i]) for name, n in notes.items() if n[i]},
             rows=token_rows,
             **{name: values[i] for name, values in counts.items()},
         )
+
+
+def _rows(rows_N: NDArray[np.int64], parts: dict[str, Any]) -> LayerRows:
+    """The rows of one layer, without tokens that it did not see."""
+    token_N = rows_N.astype(np.int32)
+    if "present_N" in parts:
+        here_N = parts.pop("present_N")
+        token_N, parts = token_N[here_N], {name: x[here_N] for name, x in parts.items()}
+    return LayerRows(token_N=token_N, **parts)
 
 
 def recomputing() -> bool:

@@ -11,7 +11,11 @@ _DECODER_BATCHES = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
 
 
 def batch_shape(
-    inputs: dict[str, Any], stream: str, block: tuple[int, int] | None, tokens: int, layout: str
+    inputs: dict[str, Any],
+    stream: str,
+    block: tuple[int, int] | None,
+    tokens: int | None,
+    layout: str,
 ) -> tuple[int, int]:
     """(B, S) of a stream.
 
@@ -22,16 +26,18 @@ def batch_shape(
         inputs: The root module's arguments by name.
         stream: main, encoder or decoder.
         block: First two sizes of the block's input; None where it is `[T, D]`.
-        tokens: Tokens that were routed.
+        tokens: Tokens that were routed; None where the layer saw a part of them.
         layout: "bs", or "sb": then the block's input is `[S, B, D]`.
     """
-    if block is not None and block[0] * block[1] == tokens:
+    if block is not None and tokens in (None, block[0] * block[1]):
         return block if layout == "bs" else (block[1], block[0])
     for name in _DECODER_BATCHES if stream == "decoder" else _BATCHES:
         x = inputs.get(name)
-        if isinstance(x, Tensor) and x.ndim >= 2 and x.shape[0] * x.shape[1] == tokens:
+        if not isinstance(x, Tensor) or x.ndim < 2:
+            continue
+        if tokens in (None, x.shape[0] * x.shape[1]):
             return x.shape[0], x.shape[1]
-    return 1, tokens
+    return 1, tokens or 0
 
 
 def cached_positions(inputs: dict[str, Any]) -> int:

@@ -39,6 +39,8 @@ class Intake:
         layout: How the model flattens.
         first_sequence: Number of the first sequence.
         tags: Tags known already (when resuming).
+        layers: Layers known already (when resuming).
+        first_layer: Number of the first layer.
         keep_logits, keep_token_ids: Of sampled tokens.
         edit: Changes the meta file.
         warn: Tells the user.
@@ -53,6 +55,7 @@ class Intake:
         tags: list[str],
         layers: list[LayerInfo],
         *,
+        first_layer: int = 0,
         keep_logits: bool,
         keep_token_ids: bool,
         edit: Callable[[Callable[[Meta], None]], None],
@@ -66,6 +69,7 @@ class Intake:
         self._tags = list(tags)
         self._layers = {x.layer: x for x in layers}
         self._numbers = {x.path: x.layer for x in layers}
+        self._first_layer = first_layer
         self._keep_logits, self._keep_token_ids = keep_logits, keep_token_ids
         self._edit, self._warn = edit, warn
         self._meanings: dict[int, Semantics | None] = {}
@@ -128,26 +132,27 @@ class Intake:
         if known is None:
             # A layer is seen for the first time: its number is its place in the order of calls.
             # One that an earlier attempt saw keeps the number it had.
-            number = self._numbers.setdefault(info.path, len(self._numbers))
+            number = self._numbers.setdefault(info.path, self._first_layer + len(self._numbers))
             before = self._layers.get(number)
-            if before is not None and (before.experts, before.top_k) != (
-                info.experts,
-                ids.shape[1],
-            ):
+            k = _fixed_k(info, seen)
+            if before is not None and (before.experts, before.top_k) != (info.experts, k):
                 forward.problem(
-                    f"{info.path} has {info.experts} experts, top-{ids.shape[1]}, in the "
+                    f"{info.path} has {info.experts} experts, top-{k}, in the "
                     f"resumed trace {before.experts}, top-{before.top_k}. Record into a new folder"
                 )
                 return
-            known = replace(info, layer=number, top_k=ids.shape[1])
+            known = replace(info, layer=number, top_k=k)
             self._note(key, known, learn(seen, router, experts))
         elif self._meanings[known.layer] is None:  # the forwards before had no usable token
             self._note(key, known, learn(seen, router, experts))
         meaning = self._meanings[known.layer]
         batch = forward.batches.get(info.stream)
         if batch is None:
-            batch = self._describe(forward, info.stream, shape, ids)
+            batch = self._describe(forward, info.stream, shape, seen)
             forward.batches[info.stream] = batch
+        if seen.token_T is not None:
+            seen = seen.laid_out(batch.size)
+            ids = _not_none(seen.expert_ids_TK)
         if batch.size != len(ids):
             forward.problem(
                 f"{info.path} routed {len(ids)} tokens, but the forward has {batch.size} "
@@ -179,11 +184,9 @@ class Intake:
                     [p.meaning for p in group],
                     info.experts + info.zero_experts,
                     logits=self._keep_logits,
+                    faithful=info.faithful,
                 )
-            layers = [
-                (p.info.layer, p.info.top_k, p.observed.capacity, p.observed.capacity_groups)
-                for p in group
-            ]
+            layers = [(p.info, p.observed.capacity, p.observed.capacity_groups) for p in group]
             forward.layers.append(Seen(info.stream, len(first.expert_ids_TK), layers, reduced))
 
     def _note(self, key: Key, info: LayerInfo, meaning: Semantics | None) -> None:
@@ -204,9 +207,11 @@ class Intake:
         self._edit(lambda meta: setattr(meta, "layers", infos))
 
     def _describe(
-        self, forward: OpenForward, stream: str, shape: tuple[int, int] | None, ids: Tensor
+        self, forward: OpenForward, stream: str, shape: tuple[int, int] | None, seen: Observed
     ) -> Batch:
-        B, S = batch_shape(forward.inputs, stream, shape, len(ids), self._layout)
+        ids = _not_none(seen.expert_ids_TK)
+        tokens = len(ids) if seen.token_T is None else None
+        B, S = batch_shape(forward.inputs, stream, shape, tokens, self._layout)
         decoder = stream == "decoder"
         mask = forward.inputs.get("decoder_attention_mask" if decoder else "attention_mask")
         positions = forward.inputs.get("position_ids")
@@ -241,6 +246,16 @@ class Intake:
         return tag
 
 
+def _not_none(x: Tensor | None) -> Tensor:
+    assert x is not None
+    return x
+
+
+def _fixed_k(info: LayerInfo, seen: Observed) -> int | None:
+    """Choices of every token; None where it is the router's to say how many."""
+    return None if seen.chosen_TK is not None else _not_none(seen.expert_ids_TK).shape[1]
+
+
 def _misshapen(info: LayerInfo, seen: Observed) -> str | None:
     """What is wrong with the shapes and types of what was seen, that no counting can mend."""
     ids, weights = seen.expert_ids_TK, seen.weights_TK
@@ -260,10 +275,9 @@ def _misshapen(info: LayerInfo, seen: Observed) -> str | None:
     if seen.logits_TE is not None and tuple(seen.logits_TE.shape) != (len(ids), experts):
         got = list(seen.logits_TE.shape)
         return f"logits are {got} for {len(ids)} tokens and {experts} experts"
-    if seen.kept_TK is not None and (
-        seen.kept_TK.dtype != torch.bool or seen.kept_TK.shape != ids.shape
-    ):
-        return (
-            f"kept is {seen.kept_TK.dtype} {list(seen.kept_TK.shape)}, not bool {list(ids.shape)}"
-        )
+    for name, mask in (("kept", seen.kept_TK), ("chosen", seen.chosen_TK)):
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != ids.shape):
+            return f"{name} is {mask.dtype} {list(mask.shape)}, not bool {list(ids.shape)}"
+    if seen.token_T is not None and seen.token_T.shape != (len(ids),):
+        return f"token_T is {list(seen.token_T.shape)} for {len(ids)} rows of routing"
     return None

@@ -48,7 +48,8 @@ class Recorder:
     Use it in a `with`, or call `close` yourself. What the model computes is not changed.
 
     Args:
-        model: Any model in which an adapter finds MoE layers. None: only `log` is used.
+        model: Any model in which an adapter finds MoE layers; or the list of chunks that this rank
+            runs in a pipeline, in the order in which a token passes them. None: only `log` is used.
         path: Folder of the trace; new, empty, or with `resume=True` an existing trace.
         tokens: Share of sequences (0 to 1) whose per-token rows are kept, or `every(n)`. Counts are
             kept of every token whatever this says.
@@ -58,6 +59,7 @@ class Recorder:
         token_ids: Keep the vocabulary ids of the sampled tokens (they spell out the text).
         keys: Names of further columns of `sequences`, given per step by `step(keys=...)`.
         layout: How the model flattens `[B, S]` tokens: "bs", or "sb" as Megatron does.
+        first_layer: Number of the first MoE layer, where this is a stage of a pipeline.
         adapters: Asked before those that come with moe_lens.
         max_bytes: Bound on the disk of this rank; the oldest per-token segments go first.
         resume: Go on with the trace that is in `path`; a step that is recorded again supersedes
@@ -79,7 +81,7 @@ class Recorder:
 
     def __init__(
         self,
-        model: nn.Module | None,
+        model: nn.Module | Sequence[nn.Module] | None,
         path: str | Path,
         *,
         tokens: float | Sampling = 0.01,
@@ -88,6 +90,7 @@ class Recorder:
         token_ids: bool = False,
         keys: Sequence[str] = (),
         layout: Literal["bs", "sb"] = "bs",
+        first_layer: int = 0,
         adapters: Sequence[Adapter] = (),
         max_bytes: int | None = None,
         resume: bool = False,
@@ -109,7 +112,8 @@ class Recorder:
                 raise ValueError(f'{name}={value!r} must be "raise" or "warn"')
         if layout not in ("bs", "sb"):
             raise ValueError(f'layout={layout!r} must be "bs" or "sb"')
-        layers = [] if model is None else find_layers(model, [*adapters, *all_adapters()])
+        models = _models(model)
+        layers = find_layers(models, [*adapters, *all_adapters()]) if models else []
         own_rank, own_world = rank_and_world()
         world = own_world if world is None else world
         meta = Meta(
@@ -118,7 +122,7 @@ class Recorder:
             world=world,
             coordinates=coordinates or {},
             counts="copy" if copy else "own",
-            model=type(model).__name__ if model is not None else "",
+            model=type(models[0]).__name__ if models else "",
             sampling=str(as_sampling(tokens)),
             weights=weights,
             keys=list(keys),
@@ -129,7 +133,7 @@ class Recorder:
         self._lock = opened.lock
         try:
             self._capture = Capture(
-                model, layers, self._begin, lambda *seen: self._intake.fire(*seen), self._end
+                models, layers, self._begin, lambda *seen: self._intake.fire(*seen), self._end
             )
         except BaseException:
             self._lock.release()
@@ -152,12 +156,13 @@ class Recorder:
         self._closed = False
         self._watch = Watch(self._writer, on_breach, on_write_error, self._capture.detach)
         self._intake = Intake(
-            model,
+            models[0] if models else None,
             as_sampling(tokens),
             layout,
             opened.next_sequence,
             opened.meta.tags,
             opened.meta.layers,
+            first_layer=first_layer,
             keep_logits=logits,
             keep_token_ids=token_ids,
             edit=self._writer.edit,
@@ -458,6 +463,24 @@ def _forget_all() -> None:
 
 
 os.register_at_fork(after_in_child=_forget_all)
+
+
+def _models(model: object) -> list[nn.Module]:
+    """The root modules.
+
+    Raises:
+        TypeError: Something is not a torch module.
+    """
+    given: list[Any] = list(model) if isinstance(model, list | tuple) else [model]
+    given = [] if model is None else given
+    wrong = [m for m in given if not isinstance(m, nn.Module)]
+    if wrong or (not given and model is not None):
+        got = f"{type(wrong[0]).__name__} {wrong[0]!r}" if wrong else "an empty list"
+        raise TypeError(
+            f"record(model, …) takes a torch.nn.Module, a list of them, or None; got {got:.80}. "
+            "Load the model first."
+        )
+    return given
 
 
 record = Recorder

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,11 +37,13 @@ class Reduced:
         counts: By the names of `LayerCounts`.
         rows: Of the sampled tokens, by the names of `LayerRows`; empty where none is sampled.
         problems: How many values of each layer were wrong, by what was wrong.
+        notes: What a library is known to do, and for how many tokens of each layer.
     """
 
     counts: Numbers
     rows: Numbers
     problems: Numbers
+    notes: Numbers
 
 
 def reduce(
@@ -50,6 +53,7 @@ def reduce(
     experts: int,
     *,
     logits: bool,
+    faithful: bool = True,
 ) -> Reduced:
     """Counts, per-token rows and problems of layers in one forward.
 
@@ -60,47 +64,82 @@ def reduce(
         meanings: How each router works, all of one kind; None where logits were not seen.
         experts: E, zero experts included.
         logits: Keep the logits of sampled rows.
+        faithful: The experts run what the router chooses; else rows say both.
     """
     raw_LTK = _stack([x.expert_ids_TK for x in seen])
     weights_LTK = _stack([x.weights_TK for x in seen])
     kept_LTK = None if seen[0].kept_TK is None else _stack([x.kept_TK for x in seen])
-    names = {name for x in seen for name in x.problems}
-    problems = {n: _each([x.problems.get(n, 0) for x in seen], raw_LTK) for n in sorted(names)}
+    problems = _each([x.problems for x in seen], raw_LTK)
+    notes = _each([x.notes for x in seen], raw_LTK)
+    present_LT = None if seen[0].present_T is None else _stack([x.present_T for x in seen])
+    chosen_LTK = None if seen[0].chosen_TK is None else _stack([x.chosen_TK for x in seen])
+    here_LTK = chosen_LTK  # slots that hold a choice of a token that the layer saw; None: all
+    if present_LT is not None:
+        here_LTK = _and(present_LT.unsqueeze(-1).expand(raw_LTK.shape), chosen_LTK)
+    if here_LTK is not None:
+        raw_LTK = torch.where(here_LTK, raw_LTK, 0)
+        weights_LTK = torch.where(here_LTK, weights_LTK, 0.0)
     ids_LTK = _in_range(raw_LTK, experts, "expert ids out of range", problems)
     tally = _Tally(batch, experts, len(seen))
 
     counts = {}
-    processed = tally.choices(ids_LTK, kept_LTK)
+    ran_LTK = _and(kept_LTK, here_LTK)
+    processed = tally.choices(ids_LTK, ran_LTK)
     counts["processed_GE"] = tally.valid(processed)
-    counts["weight_sum_GE"] = tally.valid(tally.choices(ids_LTK, kept_LTK, weights_LTK))
+    counts["weight_sum_GE"] = tally.valid(tally.choices(ids_LTK, ran_LTK, weights_LTK))
     if distinct_router_ids(seen[0]):
         own_LTK = _stack([x.router_ids_TK for x in seen])
+        if here_LTK is not None:
+            own_LTK = torch.where(here_LTK, own_LTK, 0)
         own_LTK = _in_range(own_LTK, experts, "router ids out of range", problems)
-        routed = tally.choices(own_LTK)
+        routed = tally.choices(own_LTK, here_LTK)
     else:  # one and the same tensor left the router and entered the experts
         own_LTK = ids_LTK
-        routed = processed if kept_LTK is None else tally.choices(ids_LTK)
+        routed = processed if kept_LTK is None else tally.choices(ids_LTK, here_LTK)
     counts["routed_GE"] = tally.valid(routed)
     if batch.padded:
         counts["padding_GE"] = tally.padding(routed)
+    if present_LT is not None:
+        tokens = tally.tokens(present_LT.long())
+        counts["tokens_G"] = tally.valid(tokens)
+        counts["all_tokens"] = tokens.sum(-1)
     if kept_LTK is not None:
-        counts["overflowed_GE"] = tally.valid(tally.choices(own_LTK, ~kept_LTK))
-        counts["dropped_GE"] = tally.valid(tally.choices(ids_LTK, ~kept_LTK))
-        counts["unserved_G"] = tally.valid(tally.tokens((~kept_LTK.any(-1)).long()))
+        lost_LTK = _and(~kept_LTK, here_LTK)
+        counts["overflowed_GE"] = tally.valid(tally.choices(own_LTK, lost_LTK))
+        counts["dropped_GE"] = tally.valid(tally.choices(ids_LTK, lost_LTK))
+    if ran_LTK is not None:
+        unserved_LT = _and(~ran_LTK.any(-1), present_LT)
+        counts["unserved_G"] = tally.valid(tally.tokens(unserved_LT.long()))
+    if seen[0].choices is not None:
+        counts["choices"] = _numbers([x.choices or 0 for x in seen], raw_LTK)
 
     rows: Numbers = {}
     if batch.rows_N is not None:
         at = batch.rows_N
         rows = {"expert_ids_NK": raw_LTK[:, at].int(), "weights_NK": weights_LTK[:, at].float()}
         if kept_LTK is not None:
-            rows["dropped_NK"] = ~kept_LTK[:, at]
+            rows["dropped_NK"] = lost_LTK[:, at]
+        if chosen_LTK is not None:
+            rows["chosen_NK"] = chosen_LTK[:, at]
+        if not faithful:
+            rows["router_ids_NK"] = own_LTK[:, at].int()
+        if present_LT is not None:
+            rows["present_N"] = present_LT[:, at]
     if seen[0].logits_TE is not None and meanings[0] is not None:
         z_LTE = _stack([x.logits_TE for x in seen]).float()
         bias_L1E = _biases(seen, meanings)
         _confidence(counts, rows, z_LTE, bias_L1E, ids_LTK, meanings[0], batch, tally)
         if rows and logits:
             rows["logits_NE"] = z_LTE[:, batch.rows_N]
-    return Reduced(counts, rows, problems)
+        if present_LT is not None:  # tokens it never saw are not tokens without finite logits
+            _forget_absent(counts, tally, present_LT)
+    return Reduced(counts, rows, problems, notes)
+
+
+def _forget_absent(counts: Numbers, tally: _Tally, present_LT: Tensor) -> None:
+    absent = tally.valid(tally.tokens((~present_LT).long()))
+    if "nonfinite_G" in counts:
+        counts["nonfinite_G"] = counts["nonfinite_G"] - absent
 
 
 def distinct_router_ids(seen: Observed) -> bool:
@@ -113,8 +152,23 @@ def _stack(parts: Sequence[Tensor | None]) -> Tensor:
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
 
 
-def _each(values: Sequence[int | Tensor], like: Tensor) -> Tensor:
-    return torch.stack([torch.as_tensor(v, device=like.device) for v in values])
+def _and(a: Tensor | None, b: Tensor | None) -> Any:
+    """Both masks; None is a mask that is set everywhere."""
+    return a if b is None else b if a is None else a & b
+
+
+def _each(found: Sequence[dict[str, int | Tensor]], like: Tensor) -> Numbers:
+    """What was found in each layer, by what it is: `[L]` each."""
+    names = sorted({name for x in found for name in x})
+    return {n: _numbers([x.get(n, 0) for x in found], like) for n in names}
+
+
+def _numbers(values: Sequence[int | Tensor], like: Tensor) -> Tensor:
+    if not any(isinstance(v, Tensor) for v in values):
+        return torch.tensor(values)  # on the host, where it is read
+    # full_like instead of a copy from the host, for which a device would be waited for
+    zero = torch.zeros((), dtype=torch.int64, device=like.device)
+    return torch.stack([v.long() if isinstance(v, Tensor) else zero + v for v in values])
 
 
 def _biases(seen: Sequence[Observed], meanings: Sequence[Semantics | None]) -> Tensor | None:

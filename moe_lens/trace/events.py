@@ -27,6 +27,10 @@ class LayerRows:
     token_N: Ids
     expert_ids_NK: Ids
     weights_NK: Floats
+    chosen_NK: Bools | None = None
+    """False: this slot holds no choice (dynamic k). None: all are choices."""
+    router_ids_NK: Ids | None = None
+    """The router's choices, where the implementation runs other experts."""
     next_ids_NM: Ids | None = None
     next_weights_NM: Floats | None = None
     entropy_N: Floats | None = None
@@ -75,9 +79,15 @@ class LayerCounts:
     """Capacity groups in this forward (sequences, where each has its own)."""
     top_k: int | None = None
     """Choices per token that must add up; None: dynamic."""
+    choices: int | None = None
+    """Dynamic k: choices of all tokens, padding included, counted independently of the ids."""
+    faithful: bool = True
+    """False: the implementation runs other experts than its router chooses (meta: faithful)."""
     expert_choice: bool = False
     problems: dict[str, int] = field(default_factory=dict)
     """What capture itself found wrong, and for how many values."""
+    notes: dict[str, int] = field(default_factory=dict)
+    """What the library is known to do, and for how many tokens: warnings, not breaches."""
     rows: LayerRows | None = None
 
 

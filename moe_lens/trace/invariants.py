@@ -34,7 +34,7 @@ def _layer(x: LayerCounts) -> Iterator[str]:
     routed, processed = x.routed_GE.sum(0), x.processed_GE.sum(0)
     overflowed = _sum(x.overflowed_GE, routed)
     wrong = routed != processed + overflowed
-    if wrong.any():
+    if wrong.any() and x.faithful:
         e = int(wrong.argmax())
         yield (
             f"expert {e} was chosen {routed[e]} times, but computed {processed[e]} and "
@@ -46,7 +46,7 @@ def _layer(x: LayerCounts) -> Iterator[str]:
         yield f"{lost} choices overflowed, but {dropped} were dropped and {rerouted} rerouted"
     if int(x.tokens_G.sum()) != x.tokens:
         yield f"{x.tokens} tokens, but the tags have {int(x.tokens_G.sum())}"
-    if x.capacity is not None and not x.expert_choice:
+    if x.capacity is not None and not x.expert_choice and x.faithful:
         room = x.capacity * x.capacity_groups
         taken = processed + _sum(x.rerouted_in_GE, processed)
         if taken.max(initial=0) > room:
@@ -62,6 +62,10 @@ def _layer(x: LayerCounts) -> Iterator[str]:
             done = int(processed.sum()) + _total(x.padding_GE)
             if done != full:
                 yield f"expert choice must fill E x C = {full} slots, but filled {done}"
+    elif x.choices is not None:
+        seen = int(routed.sum()) + _total(x.padding_GE)
+        if seen != x.choices:
+            yield f"the router made {x.choices} choices, but {seen} were seen"
     elif x.top_k is not None:
         if int(routed.sum()) != x.tokens * x.top_k:
             yield (

@@ -46,6 +46,9 @@ class LayerInfo:
     intermediate_size: int | None = None
     dispatch_width: int | None = None
     """Elements per token that an all-to-all moves, where it is not `hidden_size`."""
+    faithful: bool = True
+    """False: this implementation runs other experts than its router chooses; `routed` counts what
+    was chosen, `processed` what ran, and `router_ids` of `routing` has the choices."""
     capacity_policy: str | None = None
     """None: dropless. Otherwise how overflow is treated: drop-by-position, …"""
 

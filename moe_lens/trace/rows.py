@@ -41,7 +41,8 @@ def _shape(rows: LayerRows | None) -> tuple[Any, ...]:
     """What must agree for the rows of two layers to stand in one array."""
     assert rows is not None
     parts = (rows.next_ids_NM, rows.next_weights_NM, rows.entropy_N, rows.margin_N)
-    present = tuple(p is None for p in (*parts, rows.dropped_NK))
+    more = (rows.dropped_NK, rows.chosen_NK, rows.router_ids_NK)
+    present = tuple(p is None for p in (*parts, *more))
     runners = None if rows.next_ids_NM is None else rows.next_ids_NM.shape[1]
     return rows.expert_ids_NK.shape[1], runners, present
 
@@ -68,7 +69,8 @@ def _routing(forward: Forward, attempt: int, group: list[LayerCounts], *, exact:
     weights = gather("weights_NK", bits)
     next_ids, next_weights = gather("next_ids_NM"), gather("next_weights_NM", bits)
     entropy, margin = gather("entropy_N", BF16_BITS), gather("margin_N", BF16_BITS)
-    dropped = gather("dropped_NK")
+    dropped, chosen = gather("dropped_NK"), gather("chosen_NK")
+    router_ids = gather("router_ids_NK")
     no_lists = pa.nulls(n, pa.list_(pa.int32()))
     return as_table(
         "routing",
@@ -76,15 +78,16 @@ def _routing(forward: Forward, attempt: int, group: list[LayerCounts], *, exact:
         | {
             "layer": np.repeat(np.array(layers, np.int32), rows),
             "token": gather("token_N"),
-            "expert_ids": lists(_not_none(gather("expert_ids_NK"))),
-            "weights": lists(_not_none(weights)),
+            "expert_ids": _choices(_not_none(gather("expert_ids_NK")), chosen),
+            "weights": _choices(_not_none(weights), chosen),
             "next_ids": no_lists if next_ids is None else _runners(next_ids, next_ids),
             "next_weights": pa.nulls(n, pa.list_(pa.float32()))
             if next_weights is None or next_ids is None
             else _runners(next_weights, next_ids, next_weights),
             "entropy": _optional(entropy, n),
             "margin": _optional(margin, n),
-            "dropped": no_lists if dropped is None else _slots(dropped),
+            "dropped": no_lists if dropped is None else _slots(dropped, chosen),
+            "router_ids": no_lists if router_ids is None else _choices(router_ids, chosen),
         },
     )
 
@@ -181,9 +184,18 @@ def _runners(
     return _ragged(np.where(absent_N, 0, k), here.ravel(), absent_N)
 
 
-def _slots(mask_NK: NDArray[np.bool_]) -> pa.ListArray:
+def _choices(values_NK: NDArray[Any], chosen_NK: NDArray[np.bool_] | None) -> pa.ListArray:
+    """Lists of the slots that hold a choice, which may be none."""
+    if chosen_NK is None:
+        return lists(values_NK)
+    return _ragged(chosen_NK.sum(1), values_NK[chosen_NK], np.zeros(len(values_NK), bool))
+
+
+def _slots(mask_NK: NDArray[np.bool_], chosen_NK: NDArray[np.bool_] | None) -> pa.ListArray:
     """Lists of the slots that are set; null where none is."""
     at_n, slots = np.nonzero(mask_NK)
+    if chosen_NK is not None:  # slots are numbered among those that hold a choice
+        slots = (chosen_NK.cumsum(1) - 1)[at_n, slots]
     counts = np.bincount(at_n, minlength=len(mask_NK))
     return _ragged(counts, slots.astype(np.int32), counts == 0)
 

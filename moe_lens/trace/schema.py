@@ -237,6 +237,13 @@ TABLES: dict[str, Table] = {
                 Column("entropy", F32, "nats", "split", nullable=True),
                 Column("margin", F32, "k-th minus next selection score", "split", nullable=True),
                 Column("dropped", IDS, "slots that no expert computed; null: none", nullable=True),
+                Column(
+                    "router_ids",
+                    IDS,
+                    "the router's choices, where the library runs other experts (meta: faithful)",
+                    "split",
+                    nullable=True,
+                ),
             ),
             ("layer", "step", "forward", "token"),
             per_token=True,

@@ -229,6 +229,7 @@ class TraceWriter:
         found = check(forward)
         self.breaches.extend(found)
         self.breach_count += len(found)
+        self._note(forward)
         attempt = self.meta.attempts[-1]
         if attempt.first_step is None:
             attempt.first_step = forward.step
@@ -250,6 +251,16 @@ class TraceWriter:
             table = self._store.tables["sequences"]
             add("sequences", []).append(rows.sequence_table(forward, self._attempt, table))
         forward.forget_rows()  # whoever still holds the forward wants its counts
+
+    def _note(self, forward: Forward) -> None:
+        """Count what a library is known to do; the file is written when something is new."""
+        warnings, new = self.meta.warnings, False
+        for layer in forward.layers:
+            for text, n in layer.notes.items():
+                new |= text not in warnings
+                warnings[text] = warnings.get(text, 0) + n
+        if new:
+            self._store.save_meta()
 
     def _losses(self, losses: Losses, out: dict[str, list[pa.Table]]) -> None:
         if self._window is None:

@@ -50,7 +50,7 @@ class Router:
     experts: int
     top_k: int
     dynamic: bool = False
-    """Tokens choose one to `top_k` experts; such a layer keeps no per-token rows."""
+    """Tokens choose one to `top_k` experts."""
     capacity: int | None = None
     """What one expert takes in one capacity group; None: dropless."""
     grouped: bool = False
@@ -272,6 +272,7 @@ def _layer_event(
         capacity=r.capacity,
         capacity_groups=len({t.sequence for t in f.tokens}) if r.grouped else 1,
         top_k=None if r.dynamic else r.top_k,
+        choices=sum(len(c.experts) for c in choices) if r.dynamic else None,
         nonfinite_G=_by_tag(f, [t.tag for t, c in valid if not c.finite]),
     )
     if any(t.padding for t in f.tokens):
@@ -290,7 +291,7 @@ def _layer_event(
         x.zloss_sum_G = _sum_by_tag(f, [(t.tag, _lse(c) ** 2) for t, c in finite])
     if r.margins and r.top_k < r.experts:
         x.margin_sum_G = _sum_by_tag(f, [(t.tag, c.margin) for t, c in finite])
-    if kept and not r.dynamic:
+    if kept:
         x.rows = _layer_rows(r, choices, kept)
     return x
 
@@ -306,8 +307,20 @@ def _sum_by_tag(f: Seen, values: list[tuple[str, float]]) -> np.ndarray:
 def _layer_rows(r: Router, choices: list[Choice], kept: list[int]) -> LayerRows:
     rows = [choices[i] for i in kept]
     m = r.runners
-    weights_NK = np.array([c.weights for c in rows], np.float32)
-    out = LayerRows(_i32(kept), _i32([c.experts for c in rows]), weights_NK)
+    # Slots without a choice lie in front for some tokens, behind for others.
+    front = [(r.top_k - len(c.experts)) * (i % 2) for i, c in zip(kept, rows, strict=True)]
+
+    def padded(values: list[list[Any]], blank: Any) -> list[list[Any]]:
+        return [
+            ([blank] * f + v + [blank] * r.top_k)[: r.top_k]
+            for f, v in zip(front, values, strict=True)
+        ]
+
+    ids_NK = _i32(padded([c.experts for c in rows], 0))
+    weights_NK = np.array(padded([c.weights for c in rows], 0.0), np.float32)
+    out = LayerRows(_i32(kept), ids_NK, weights_NK)
+    if r.dynamic:
+        out.chosen_NK = np.array(padded([[True] * len(c.experts) for c in rows], False))
     if m:
         out.next_ids_NM = _i32([c.next_ids or [-1] * m for c in rows])
         out.next_weights_NM = np.array([c.next_weights or [math.nan] * m for c in rows], np.float32)
@@ -316,8 +329,8 @@ def _layer_rows(r: Router, choices: list[Choice], kept: list[int]) -> LayerRows:
     if r.margins:
         out.margin_N = np.array([c.margin for c in rows], np.float32)
     if r.capacity is not None:
-        slots = range(r.top_k)
-        out.dropped_NK = np.array([[s in c.dropped for s in slots] for c in rows], bool)
+        full = [[s in c.dropped for s in range(len(c.experts))] for c in rows]
+        out.dropped_NK = np.array(padded(full, False), bool)
     if r.logits:
         none = [math.nan] * r.experts
         out.logits_NE = np.array([c.logits or none for c in rows], np.float32)
@@ -449,14 +462,13 @@ def _tally_tokens(out: dict[str, dict[Key, Row]], f: Seen, known: set[int]) -> N
             row = _row("sequence tag request prompt", s, t.tag, request, prompt)
             out["sequences"][(s,)] = at | row
         for r, choices in f.layers:
-            if r.dynamic:
-                continue
             c = choices[i]
             entropy = None if math.isnan(c.entropy) else c.entropy
             margin = None if math.isnan(c.margin) else c.margin
             row = _row("layer token expert_ids weights", r.layer, i, c.experts, c.weights)
             row |= _row("next_ids next_weights", c.next_ids, c.next_weights)
             row |= _row("entropy margin dropped", entropy, margin, c.dropped or None)
+            row |= _row("router_ids", None)
             key = (f.step, f.forward, r.layer, i)
             out["routing"][key] = at | row
             if r.logits:

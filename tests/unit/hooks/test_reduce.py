@@ -50,15 +50,25 @@ def cases(draw):
     kept = torch.rand(B * S, K, generator=generator) > 0.3 if draw(st.booleans()) else None
     tags = draw(st.none() | st.lists(st.sampled_from("abc"), min_size=B, max_size=B))
     padding = torch.rand(B, S, generator=generator) > 0.6 if draw(st.booleans()) else None
-    return B, S, logits, ids, weights, kept, tags, padding
+    chosen = torch.rand(B * S, K, generator=generator) > 0.4 if draw(st.booleans()) else None
+    present = torch.rand(B * S, generator=generator) > 0.4 if draw(st.booleans()) else None
+    return B, S, logits, ids, weights, kept, tags, padding, chosen, present
 
 
 @settings(max_examples=60, deadline=None)
 @given(cases())
 def test_every_count_equals_a_naive_loop(case):
-    B, S, logits, ids, weights, kept, tags, padding = case
+    B, S, logits, ids, weights, kept, tags, padding, chosen, present = case
     batch = describe(B, S, tags, padding)
-    seen = Observed(ids, weights, logits, router_ids_TK=ids.clone(), kept_TK=kept)
+    at = torch.arange(B * S) if present is None else present.nonzero().flatten()
+    part = {"kept_TK": kept, "chosen_TK": chosen}
+    part = {name: None if x is None else x[at] for name, x in part.items()}
+    seen = Observed(ids[at], weights[at], logits[at], router_ids_TK=ids[at].clone(), **part)
+    if chosen is not None:
+        seen.choices = chosen[at].sum()
+    if present is not None:
+        seen.token_T = at
+        seen = seen.laid_out(B * S)
     meaning = learn(Observed(ids, weights, torch.randn(len(ids), E)), None, E)
     counts, rows, problems = reduced(seen, batch, meaning)
     G = len(batch.tags)
@@ -71,9 +81,13 @@ def test_every_count_equals_a_naive_loop(case):
     for t in range(B * S):
         g = batch.tags.index(tags[t // S]) if tags else 0
         pad = padding is not None and bool(padding[t // S, t % S])
+        if present is not None and not present[t]:
+            continue
         tokens[g] += not pad
         ran = 0
         for slot in range(K):
+            if chosen is not None and not chosen[t, slot]:
+                continue
             e = int(ids[t, slot])
             fits = kept is None or bool(kept[t, slot])
             ran += fits
@@ -86,14 +100,19 @@ def test_every_count_equals_a_naive_loop(case):
             weight_sum[g, e] += float(weights[t, slot]) * fits
         unserved[g] += not pad and ran == 0
         nonfinite[g] += not pad and bool(logits[t].isnan().any())
-    assert batch.tokens_G.tolist() == tokens.tolist()
+    seen_G = batch.tokens_G if present is None else counts["tokens_G"]
+    assert seen_G.tolist() == tokens.tolist()
     for name in ("routed", "processed"):
         assert counts[f"{name}_GE"].tolist() == naive[name].tolist()
     assert counts["weight_sum_GE"].numpy() == pytest.approx(weight_sum, abs=1e-5)
     if kept is not None:
         assert counts["overflowed_GE"].tolist() == naive["overflowed"].tolist()
         assert counts["dropped_GE"].tolist() == naive["dropped"].tolist()
+    if kept is not None or chosen is not None or present is not None:
         assert counts["unserved_G"].tolist() == unserved.tolist()
+    if chosen is not None:
+        total = counts["routed_GE"].sum() + counts.get("padding_GE", torch.zeros(1)).sum()
+        assert int(counts["choices"]) == int(total)
     if padding is not None:
         assert counts["padding_GE"].tolist() == naive["padding"].tolist()
     if meaning is not None:
@@ -102,7 +121,11 @@ def test_every_count_equals_a_naive_loop(case):
         assert counts["zloss_sum_G"].isfinite().all()
     assert not any(int(n) for n in problems.values())
     if batch.rows_N is not None:
-        assert torch.equal(rows["expert_ids_NK"], ids.int())
+        here = torch.ones(B * S, K, dtype=torch.bool) if chosen is None else chosen
+        here = here if present is None else here & present[:, None]
+        assert torch.equal(rows["expert_ids_NK"][here], ids.int()[here])
+        assert chosen is None or torch.equal(rows["chosen_NK"][at], chosen[at])
+        assert present is None or torch.equal(rows["present_N"], present)
 
 
 def test_ids_out_of_range_are_counted_and_not_trusted():
@@ -145,10 +168,16 @@ def test_sigmoid_router_entropy_is_of_the_normalised_sigmoids():
 @settings(max_examples=30, deadline=None)
 @given(cases(), st.integers(2, 4))
 def test_layers_reduced_together_are_as_if_each_were_alone(case, layers):
-    B, S, logits, ids, weights, kept, tags, padding = case
+    B, S, logits, ids, weights, kept, tags, padding, chosen, present = case
     batch = describe(B, S, tags, padding)
     seen = [
-        Observed(ids.roll(i, 1), weights * (i + 1), logits.roll(i, 1), ids.roll(i, 0), kept)
+        Observed(
+            *(ids.roll(i, 1), weights * (i + 1), logits.roll(i, 1), ids.roll(i, 0), kept),
+            chosen_TK=None if chosen is None else chosen.roll(i, 0),
+            choices=None if chosen is None else chosen.sum() + i,
+            present_T=None if present is None else present.roll(i, 0),
+            notes={"odd": i} if i else {},
+        )
         for i in range(layers)
     ]
     meaning = learn(Observed(ids, weights, torch.randn(len(ids), E)), None, E)

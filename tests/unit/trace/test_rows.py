@@ -250,6 +250,16 @@ def test_dropped_lists_the_slots_and_is_null_without_any() -> None:
     assert [r["dropped"] for r in got] == [[0], None, [0, 1]]
 
 
+def test_what_the_router_chose_stands_beside_what_ran():
+    ids = np.array([[5, 6], [7, 1], [2, 3]], np.int32)
+    got = routing(seen([Router(0, 8, 2)], lengths=(3,)), router_ids_NK=ids)
+    assert [r["router_ids"] for r in got] == ids.tolist()
+    chosen = np.array([[True, False], [False, False], [True, True]])
+    got = routing(seen([Router(0, 8, 2)], lengths=(3,)), router_ids_NK=ids, chosen_NK=chosen)
+    assert [r["router_ids"] for r in got] == [[5], [], [2, 3]]
+    assert [len(r["expert_ids"]) for r in got] == [1, 0, 2]
+
+
 def test_a_missing_number_is_null_and_never_nan() -> None:
     f = seen([Router(0, 8, 2)], lengths=(3,))
     got = routing(f, entropy_N=None, margin_N=np.array([0.5, math.nan, math.inf], np.float32))

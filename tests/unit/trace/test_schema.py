@@ -69,7 +69,8 @@ def test_a_number_that_a_router_may_lack_can_be_null() -> None:
     }
     assert nullable["routers"] == {"entropy_sum", "margin_sum", "top1_prob_sum", "zloss_sum"}
     assert {"prob_sum", "received"} <= nullable["load"]
-    assert nullable["routing"] == {"next_ids", "next_weights", "entropy", "margin", "dropped"}
+    optional = {"next_ids", "next_weights", "entropy", "margin", "dropped", "router_ids"}
+    assert nullable["routing"] == optional
     counts = {"routed", "processed", "overflowed", "dropped", "rerouted_in", "padding"}
     assert not nullable["load"] & counts
     assert nullable["steps"] == {"device_ns"}

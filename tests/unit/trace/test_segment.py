@@ -133,7 +133,8 @@ def test_encodings_and_statistics_are_those_of_the_format(every_table: Path) -> 
     [
         (
             "routing",
-            {"token", "expert_ids", "weights", "next_ids", "next_weights", "entropy", "margin"},
+            {"token", "expert_ids", "weights", "next_ids", "next_weights", "entropy", "margin"}
+            | {"router_ids"},
         ),
         ("logits", {"token", "logits"}),
         ("outcomes", {"position", "loss"}),
