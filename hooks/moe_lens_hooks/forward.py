@@ -79,6 +79,8 @@ class OpenForward:
     """The root module's arguments by name, as far as they have one."""
     implicit: bool = False
     """No root module was entered: MoE blocks ran on their own, or routing was logged by hand."""
+    counts_tokens: bool = True
+    """False on a later stage of a pipeline: the first counted the same tokens."""
     token_ids: Tensor | None = None
     context: StepContext = field(default_factory=StepContext)
     batches: dict[str, Batch] = field(default_factory=dict)
@@ -185,9 +187,10 @@ class OpenForward:
         rows_N = None if batch.rows_N is None else next(landed)
         position_N = None if batch.position_N is None else next(landed)
         ids_T = None if self.token_ids is None else next(landed).reshape(-1)
-        whole.tokens_G[at] += tokens_G
-        whole.sequences_G[at] += batch.sequences_G
-        whole.padding_tokens += batch.size - int(tokens_G.sum())
+        if self.counts_tokens:
+            whole.tokens_G[at] += tokens_G
+            whole.sequences_G[at] += batch.sequences_G
+            whole.padding_tokens += batch.size - int(tokens_G.sum())
         for number, tag, said, row in batch.first_seen:
             keys = {k: None if row >= len(v) else str(v[row]) for k, v in self.context.keys.items()}
             request = None if said is None else str(said)

@@ -41,6 +41,7 @@ class Intake:
         tags: Tags known already (when resuming).
         layers: Layers known already (when resuming).
         first_layer: Number of the first layer.
+        counts_tokens: False on a later stage of a pipeline.
         keep_logits, keep_token_ids: Of sampled tokens.
         edit: Changes the meta file.
         warn: Tells the user.
@@ -56,6 +57,7 @@ class Intake:
         layers: list[LayerInfo],
         *,
         first_layer: int = 0,
+        counts_tokens: bool = True,
         keep_logits: bool,
         keep_token_ids: bool,
         edit: Callable[[Callable[[Meta], None]], None],
@@ -70,6 +72,7 @@ class Intake:
         self._layers = {x.layer: x for x in layers}
         self._numbers = {x.path: x.layer for x in layers}
         self._first_layer = first_layer
+        self._counts_tokens = counts_tokens
         self._keep_logits, self._keep_token_ids = keep_logits, keep_token_ids
         self._edit, self._warn = edit, warn
         self._meanings: dict[int, Semantics | None] = {}
@@ -92,6 +95,7 @@ class Intake:
             inputs=inputs,
             past=cached_positions(inputs),
             implicit=implicit,
+            counts_tokens=self._counts_tokens,
             token_ids=ids if isinstance(ids, Tensor) else None,
             sampled=self._sampling.share > 0 and step % self._sampling.every == 0,
         )

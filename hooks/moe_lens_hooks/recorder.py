@@ -69,7 +69,8 @@ class Recorder:
         on_write_error: When the disk refuses: "raise" `TraceWriteError` at the end of a step, or
             "warn", stop recording and let the model run on.
         rank, world: Taken from torch.distributed where it is initialised.
-        coordinates: Index of this rank along dp, tp, cp, sp, ep, pp.
+        coordinates: Index of this rank along dp, tp, cp, sp, ep, pp. Stages of a pipeline after the
+            first (pp above 0) count no tokens in `steps` and `slices`: the first did.
         copy: Another rank sees the same tokens (tensor parallelism): readers leave this rank's
             counts out of sums.
 
@@ -163,6 +164,7 @@ class Recorder:
             opened.meta.tags,
             opened.meta.layers,
             first_layer=first_layer,
+            counts_tokens=meta.coordinates.get("pp", 0) == 0,
             keep_logits=logits,
             keep_token_ids=token_ids,
             edit=self._writer.edit,
