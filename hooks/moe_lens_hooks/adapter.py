@@ -54,6 +54,8 @@ class Observed:
     its tokens in order."""
     bias_E: Tensor | None = None
     """float; what is added to the scores for selection only."""
+    received_E: Tensor | None = None
+    """int; rows that the experts on this rank were given, by whatever rank (expert parallelism)."""
     problems: dict[str, int | Tensor] = field(default_factory=dict)
     """What the adapter found contradictory, and for how many tokens (a 0-dim tensor may stay on
     its device): a breach of the capture."""
@@ -129,14 +131,21 @@ Around = Callable[[Observed], AbstractContextManager[Any]]
 class Tap:
     """A hook on one module: `read` is called with its input (before it runs) or its output.
 
+    A module that is not in the block but around it can be tapped for its input: what `read` sets
+    is there when the block is entered.
+
     `around`, in place of `read`: a context that is entered before the module runs and left after
     it, also when it raises; for what only torch's own functions inside the module see.
+
+    `alone`: `read` sets what it sees and looks at nothing that other taps of the block set. Under
+    torch.compile nothing then has to be kept from one tap to the next.
     """
 
     module: nn.Module
     when: Literal["input", "output", "around"]
     read: Read | None = None
     around: Around | None = None
+    alone: bool = False
 
 
 @dataclass
@@ -148,6 +157,8 @@ class MoELayer:
     taps: list[Tap]
     router: nn.Module | None = None
     """Searched for a selection bias and groups."""
+    layout: Literal["bs", "sb"] | None = None
+    """How this library flattens its batch, where it never does otherwise."""
 
 
 class Adapter(Protocol):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moe_lens_hooks.batch import Batch
-from moe_lens_hooks.semantics import Semantics
+from moe_lens_hooks.semantics import POSITIVE, Semantics
 from moe_lens_hooks.tally import Tally
 
 Numbers = dict[str, Tensor]
@@ -34,7 +34,7 @@ class Routers:
     Attributes:
         logits_TE: Float, a tensor for each layer.
         bias_E: The selection bias of each layer; None: they have none.
-        ids_LTK: In range; where a slot holds no choice, the token's first choice again.
+        ids_LTK: What was chosen, in range; where a slot holds no choice, the token's first again.
         meaning: How they work.
         weights_LTK: Gate weights; None where slot 0 may hold no choice.
         present_LT: Tokens that a layer saw; None: all.
@@ -126,8 +126,8 @@ def _look(
     # On a CPU it costs nothing to look, and saves blanking what is not there.
     whole = c.z_LTE.device.type == "cpu" and bool(finite_LT.all())
     out: Numbers = {"finite": finite_LT, "zloss": zloss_LT}
-    if meaning.score == "sigmoid":
-        p_LTE = torch.sigmoid(c.z_LTE, out=room.exp)
+    if meaning.score in POSITIVE:
+        p_LTE = _positive(c.z_LTE, meaning.score, room)
         scale_LT = p_LTE.sum(-1).reciprocal_()
         mean_log_LT = torch.xlogy(p_LTE, p_LTE).sum(-1) * scale_LT
         out["entropy"] = -mean_log_LT - scale_LT.log()
@@ -171,7 +171,8 @@ def _margin(
     # runner-up: then there is no margin, and the NaN makes the sum null, since a sum of some
     # of the tokens would mislead.
     margin_LT = chosen_LT - best_LT
-    explained_LT = (margin_LT > -1e-5) & (best_LT > _MASKED)
+    room_LT = 1e-5 + meaning.slack * (1 + chosen_LT.abs())
+    explained_LT = (margin_LT > -room_LT) & (best_LT > _MASKED)
     out["margin"] = torch.where(explained_LT, margin_LT.clamp_min_(0.0), math.nan)
     if at is None:
         return
@@ -188,9 +189,17 @@ def _margin(
         out["next_weights_NM"] = torch.where(known_LN1, weight_LN1, math.nan)
 
 
+def _positive(z_LTE: Tensor, score: str, room: _Room) -> Tensor:
+    if score == "sigmoid":
+        return torch.sigmoid(z_LTE, out=room.exp)
+    return POSITIVE[score](z_LTE)
+
+
 def _log(z: Tensor, score: str | None) -> Tensor:
     """Logarithm of a probability but for a constant of the token."""
-    return torch.nn.functional.logsigmoid(z) if score == "sigmoid" else z.clone()
+    if score == "sigmoid":
+        return torch.nn.functional.logsigmoid(z)
+    return POSITIVE[score](z).log() if score in POSITIVE else z.clone()
 
 
 def _stack(parts: Sequence[Tensor]) -> Tensor:

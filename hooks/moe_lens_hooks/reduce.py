@@ -105,6 +105,8 @@ def reduce(
     if ran_LTK is not None:
         unserved_LT = _and(~ran_LTK.any(-1), present_LT)
         counts["unserved_G"] = tally.valid(tally.tokens(unserved_LT.long()))
+    if seen[0].received_E is not None and len(batch.tags) == 1:  # others' rows carry no tag
+        counts["received_GE"] = _stack([x.received_E for x in seen]).long().unsqueeze(1)
     if seen[0].choices is not None:
         counts["choices"] = _numbers([x.choices or 0 for x in seen], raw_LTK)
 
@@ -121,7 +123,7 @@ def reduce(
         if present_LT is not None:
             rows["present_N"] = present_LT[:, at]
     if seen[0].logits_TE is not None and meanings[0] is not None:
-        routers = _routers(seen, meanings, ids_LTK, weights_LTK, chosen_LTK, present_LT)
+        routers = _routers(seen, meanings, own_LTK, weights_LTK, chosen_LTK, present_LT)
         sums, own = confidence(routers, batch, tally, rows=bool(rows), logits=logits)
         counts |= sums
         rows |= own
@@ -151,7 +153,7 @@ def _each(found: Sequence[dict[str, int | Tensor]], like: Tensor) -> Numbers:
 
 def _numbers(values: Sequence[int | Tensor], like: Tensor) -> Tensor:
     if not any(isinstance(v, Tensor) for v in values):
-        return torch.tensor(values)  # on the host, where it is read
+        return torch.tensor(values, device="cpu")  # on the host, where it is read
     # full_like instead of a copy from the host, for which a device would be waited for
     zero = torch.zeros((), dtype=torch.int64, device=like.device)
     return torch.stack([v.long() if isinstance(v, Tensor) else zero + v for v in values])

@@ -29,10 +29,11 @@ class LayerInfo:
     role: str = "mlp"
     stream: str = "main"
     router: str = "token-choice"
-    """Kind of router: token-choice, expert-choice, hash, dynamic-k."""
+    """Kind of router: token-choice, expert-choice, hash (of the token's id), dynamic-k, or task
+    (the caller names the expert)."""
     adapter: str = ""
     score: str | None = None
-    """How logits become probabilities: softmax or sigmoid."""
+    """How logits become probabilities: softmax; or sigmoid, sqrtsoftplus divided by their sum."""
     selection: str | None = None
     """What the router ranks experts by: logits, sigmoid+bias, softmax+groups, …; unit of margin."""
     normalised: bool | None = None
@@ -51,6 +52,10 @@ class LayerInfo:
     was chosen, `processed` what ran, and `router_ids` of `routing` has the choices."""
     capacity_policy: str | None = None
     """None: dropless. Otherwise how overflow is treated: drop-by-position, …"""
+    weights_on: str = "output"
+    """What of an expert the gate weight multiplies: its output, or its input (Llama 4)."""
+    output_scale: float | None = None
+    """What the block multiplies the experts' weighted sum by, where it is known that it does."""
 
 
 @dataclass

@@ -27,6 +27,7 @@ from moe_lens_hooks.adapter import (
     first_number,
     stream_of,
 )
+from moe_lens_hooks.semantics import groups_of
 
 _PAIRS = [
     ("top_k_index", "top_k_weights"),
@@ -55,6 +56,8 @@ class FusedExperts:
                 f"{type(experts).__name__} has no num_experts to check the ids against. "
                 "Write an adapter (docs/hooks.md) that states it."
             )
+        hidden, width, inner = _widths(experts, count)
+        groups, top_groups = groups_of(router)
         info = LayerInfo(
             layer=-1,
             path=path,
@@ -63,14 +66,31 @@ class FusedExperts:
             block=first_number(path),
             stream=stream_of(path),
             adapter=self.name,
-            shared_experts=_shared(module),
-            hidden_size=first_int(experts, "hidden_dim", "hidden_size"),
-            intermediate_size=first_int(experts, "intermediate_dim", "intermediate_size"),
+            shared_experts=_shared(module, experts),
+            groups=groups,
+            top_groups=top_groups,
+            hidden_size=hidden,
+            intermediate_size=inner,
+            dispatch_width=width if width != hidden else None,
+            output_scale=_output_scale(module, router),
         )
-        taps = [Tap(experts, "input", _read_experts(experts, *names))]
+        taps = [Tap(experts, "input", read_experts(experts, *names), alone=True)]
         if router is not None:
-            taps.append(Tap(router, "output", _read_router(count)))
+            taps.append(Tap(router, "output", read_router(count), alone=True))
         return MoELayer(module, info, taps, router)
+
+
+def _widths(experts: nn.Module, count: int) -> tuple[int | None, int | None, int | None]:
+    """Of the model, of what the experts are given, and inside an expert.
+
+    Nemotron-H and Muse Spark project to a narrower space before their experts. What a module says
+    of its input may still be the model's width then, so the weights decide.
+    """
+    inner = first_int(experts, "intermediate_dim", "intermediate_size", "ffn_hidden_size")
+    config, down = getattr(experts, "config", None), getattr(experts, "down_proj", None)
+    hidden = first_int(config, "hidden_size") or first_int(experts, "hidden_dim", "hidden_size")
+    width = down.numel() // (count * inner) if isinstance(down, Tensor) and inner else hidden
+    return hidden, width, inner
 
 
 def _argument_names(experts: object) -> tuple[str, str] | None:
@@ -85,22 +105,32 @@ def _parameters(experts: nn.Module) -> list[str]:
     return list(inspect.signature(type(experts).forward).parameters)[1:]
 
 
-def _read_experts(experts: nn.Module, ids: str, weights: str) -> Read:
+def read_experts(experts: nn.Module, ids: str, weights: str) -> Read:
+    """Reads what `experts` is given, under the names of its two arguments."""
     order = _parameters(experts)
     at = order.index(ids), order.index(weights)
 
     def read(seen: Observed, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
         seen.expert_ids_TK = args[at[0]] if at[0] < len(args) else kwargs.get(ids)
-        seen.weights_TK = args[at[1]] if at[1] < len(args) else kwargs.get(weights)
+        given = args[at[1]] if at[1] < len(args) else kwargs.get(weights)
+        if seen.expert_ids_TK is not None and given is not None:
+            # transformers 4 hands gpt-oss and Qwen3-VL a gate for every expert, mostly zeros
+            here = given.shape[-1] == seen.expert_ids_TK.shape[-1]
+            dense = not here and given.shape[-1] == getattr(experts, "num_experts", None)
+            given = given.gather(-1, seen.expert_ids_TK) if dense else given
+        seen.weights_TK = given
 
     return read
 
 
-def _read_router(experts: int) -> Read:
+def read_router(experts: int) -> Read:
+    """Reads a router's output `(logits, weights, ids, …)` or logits, over so many experts."""
+
     def read(seen: Observed, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         parts = output if isinstance(output, tuple) else (output,)
         logits = parts[0]
-        if _is_float(logits) and logits.ndim >= 2 and logits.shape[-1] == experts:
+        scores = len(parts) == 2  # (scores, ids), as gpt-oss has it in transformers 4: no logits
+        if _is_float(logits) and not scores and logits.shape[-1:] == (experts,):
             seen.logits_TE = logits.reshape(-1, experts)
         if len(parts) >= 3 and isinstance(parts[2], Tensor) and not parts[2].is_floating_point():
             seen.router_ids_TK = parts[2]
@@ -111,10 +141,25 @@ def _read_router(experts: int) -> Read:
     return read
 
 
+def _output_scale(block: nn.Module, router: object) -> float | None:
+    """Blocks that scale what the experts give together have the factor; else the router has it."""
+    if type(block).__name__ == "OpenAIPrivacyFilterMLP":
+        return float(block.num_experts)  # type: ignore[arg-type]
+    scale = getattr(block, "routed_scaling_factor", None)
+    if isinstance(scale, int | float) and not hasattr(router, "routed_scaling_factor"):
+        return float(scale)
+    return None
+
+
 def _is_float(x: object) -> TypeGuard[Tensor]:
     return isinstance(x, Tensor) and x.is_floating_point()
 
 
-def _shared(block: nn.Module) -> int | None:
-    names = [n for n, _ in block.named_children() if n.startswith("shared_") and "gate" not in n]
-    return (first_int(block, "n_shared_experts", "num_shared_experts") or 1) if names else 0
+def _shared(block: nn.Module, experts: nn.Module) -> int:
+    """Experts that every token passes: in the block, or beside it (Granite, Ernie 4.5 VL)."""
+    config = getattr(experts, "config", None)
+    names = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
+    if any(n.startswith("shared_") and "gate" not in n for n, _ in block.named_children()):
+        return first_int(block, *names) or first_int(config, *names) or 1
+    beside = 1 if first_int(config, "shared_intermediate_size") else 0
+    return first_int(config, "moe_num_shared_experts") or beside

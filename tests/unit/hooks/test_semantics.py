@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from moe_lens_hooks.adapter import Observed
-from moe_lens_hooks.semantics import learn
+from moe_lens_hooks.semantics import learn, probabilities
 
 T, E, K = 200, 8, 3
 
@@ -93,3 +93,123 @@ def test_top_1_is_told_by_its_weight(z):
     assert learned(z, ids, z.softmax(-1).gather(1, ids)).score == "softmax"
     assert learned(z, ids, z.sigmoid().gather(1, ids)).score == "sigmoid"
     assert learned(z, ids, torch.ones(T, 1)).score is None  # normalised top-1 tells nothing
+
+
+def test_square_root_of_softplus_is_told(z):
+    s = torch.nn.functional.softplus(z).sqrt()
+    bias = torch.linspace(-0.4, 0.4, E)
+    ids = pick(s + bias)
+    meaning = learned(z, ids, s.gather(1, ids), None, bias)
+    assert (meaning.score, meaning.selection) == ("sqrtsoftplus", "sqrtsoftplus+bias")
+    p = probabilities(z, "sqrtsoftplus")
+    assert torch.allclose(p, s / s.sum(-1, keepdim=True))
+
+
+def test_a_bias_on_the_logits_is_told_from_one_on_the_scores(z):
+    bias = torch.linspace(-2, 2, E)
+    ids = pick(z + bias)
+    assert learned(z, ids, z.sigmoid().gather(1, ids), None, bias).selection == "logits+bias"
+
+
+@pytest.mark.parametrize("shape", [(E,), (1, E)])
+def test_bias_is_looked_up_anew_and_may_lie_deeper_and_flat(z, shape):
+    router, statics = nn.Module(), nn.Module()
+    first = torch.linspace(-0.1, 0.1, E)
+    statics.e_score_correction_bias = nn.Parameter(first.reshape(shape))
+    router.moe_statics = statics
+    p = z.softmax(-1)
+    ids = pick(p + first)
+    meaning = learned(z, ids, p.gather(1, ids), router)
+    assert meaning.selection == "softmax+bias"
+    statics.e_score_correction_bias = nn.Parameter(torch.full(shape, 3.0))
+    assert meaning.bias.tolist() == [3.0] * E
+
+
+def test_a_plain_bias_is_a_part_of_the_logits_and_none_of_selection(z):
+    router = nn.Module()
+    router.bias = nn.Parameter(torch.linspace(-2, 2, E))
+    ids = pick(z)
+    meaning = learned(z, ids, z.softmax(-1).gather(1, ids), router)
+    assert (meaning.selection, meaning.bias) == ("logits", None)
+
+
+def test_choices_of_weight_zero_do_not_hide_what_the_others_mean(z):
+    p = z.softmax(-1)
+    ids = pick(p, 2)
+    weights = p.gather(1, ids)
+    weights[: T // 2, 1] = 0  # dropped
+    meaning = learned(z, ids, weights)
+    assert (meaning.score, meaning.proportional) == ("softmax", True)
+    assert not meaning.normalised
+
+
+def test_what_the_router_chose_is_explained_whatever_ran(z):
+    p = z.softmax(-1)
+    ids = pick(p, 2)
+    seen = Observed(torch.zeros_like(ids), p.gather(1, ids), z, router_ids_TK=ids)
+    meaning = learn(seen, None, E)
+    assert (meaning.score, meaning.selection, meaning.proportional) == ("softmax", "logits", True)
+
+
+def test_tokens_without_a_choice_teach_nothing(z):
+    p = z.softmax(-1)
+    ids = pick(p, 2)
+    weights = p.gather(1, ids)
+    chosen = torch.ones(T, 2, dtype=torch.bool)
+    chosen[::2] = False
+    ids[::2], weights[::2] = 0, 0.5  # what stands in empty slots means nothing
+    seen = Observed(ids, weights, z, chosen_TK=chosen)
+    assert learn(seen, None, E).selection == "logits"
+    seen.chosen_TK = torch.zeros_like(chosen)
+    assert learn(seen, None, E) is None
+
+
+def test_masked_logits_are_legal(z):
+    z = torch.nn.functional.pad(z, (0, 2), value=-torch.inf)
+    ids = pick(z)
+    weights = z.softmax(-1).gather(1, ids)
+    meaning = learn(Observed(ids, weights, z), None, E + 2)
+    assert (meaning.score, meaning.selection) == ("softmax", "logits")
+
+
+def helper(z):
+    return z.softmax(-1)
+
+
+class SaysItElsewhere(nn.Module):
+    def forward(self, z):
+        return helper(z)
+
+
+class SaysItByName(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.score_fn = nn.Sigmoid()
+
+
+def test_source_of_functions_and_names_of_activations_are_hints(z):
+    ids, one = pick(z, 1), torch.ones(T, 1)  # a normalised top-1 weight tells nothing
+    assert learned(z, ids, one, SaysItElsewhere()).score == "softmax"
+    assert learned(z, ids, one, SaysItByName()).score == "sigmoid"
+
+
+def test_groups_that_a_greedy_router_has_but_does_not_use(z):
+    router = nn.Module()
+    router.num_group, router.topk_group, router.topk_method = 4, 2, "greedy"
+    few = z[:2] * 0 + torch.tensor([9.0, 8, 7, 0, 0, 0, 0, 0])  # would fit groups too
+    ids = pick(few, 2)
+    assert learned(few, ids, few.softmax(-1).gather(1, ids), router).selection == "logits"
+
+
+def test_a_router_that_ranks_in_half_precision_is_explained_as_far_as_it_rounds():
+    torch.manual_seed(1)
+    z = torch.randn(4000, E).bfloat16()
+    s = torch.nn.functional.softplus(z).sqrt()  # rounded to eight bits
+    bias = torch.linspace(-0.4, 0.4, E).bfloat16()
+    ids = pick(s + bias)
+    meaning = learned(z, ids, s.gather(1, ids), None, bias)
+    assert meaning.selection == "sqrtsoftplus+bias"
+    exact = meaning.rank(z.float(), bias.float())
+    missed = exact.gather(1, ids).amin(-1) < exact.scatter(1, ids, -torch.inf).amax(-1)
+    assert 10 < missed.sum() < 200  # it would not be explained without room
+    assert learned(z.float(), ids, s.float().gather(1, ids), None, bias).selection is None
