@@ -1,4 +1,5 @@
-# Everything runs in .venv, which `install` makes and every other target calls.
+# Everything runs in .venv, which `install` makes and every other target calls. Only the model
+# libraries beyond transformers are in a second environment, .venv-frameworks, on top of it.
 
 PYTHON ?= python3
 WORKERS ?= 2
@@ -7,14 +8,18 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := .venv/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
+FRAMEWORKS := .venv-frameworks
+FRAMEWORKS_PIP := $(FRAMEWORKS)/bin/python -m pip --disable-pip-version-check
+SETUPTOOLS := $(shell grep '^setuptools==' constraints-frameworks.txt)
+PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 BENCHMARKS = $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
 # The browser is only for the browser tests.
 BROWSER := $(if $(wildcard tests/browser/test_*.py),chromium)
 
-.PHONY: help install chromium demo test lint format bench clean
+.PHONY: help install frameworks chromium demo test test-frameworks lint format bench models clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
 
 install: $(STAMP)  ## create .venv and install moe_lens with its tests and tools
 
@@ -25,6 +30,21 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo 'Installing $(TORCH), then moe_lens and the rest, into .venv (a few minutes the first time)'
 	@$(PIP) install --quiet -c constraints.txt '$(TORCH)'
 	@$(PIP) install --quiet -c constraints.txt -e '.[test]'
+	@touch $@
+
+frameworks: $(FRAMEWORKS)/.installed  ## install torchtitan, Megatron, DeepSpeed, … for their tests
+
+# They see the packages of .venv, so torch is there once, and .venv never sees theirs: what mypy, the
+# other tests and constraints.txt speak of stays the same with and without them. --no-deps: the list
+# is complete, and torchtitan asks for more than it needs here. DeepSpeed would compile extensions.
+$(FRAMEWORKS)/.installed: $(STAMP) constraints-frameworks.txt
+	@test -x $(FRAMEWORKS)/bin/python || $(BIN)/python -m venv $(FRAMEWORKS)
+	@echo "import site; site.addsitedir('$$($(BIN)/python $(PURELIB))')" \
+		> "$$($(FRAMEWORKS)/bin/python $(PURELIB))/_base.pth"
+	@echo 'Installing the model libraries of constraints-frameworks.txt into $(FRAMEWORKS)'
+	@$(FRAMEWORKS_PIP) install --quiet --no-deps '$(SETUPTOOLS)'
+	@DS_BUILD_OPS=0 $(FRAMEWORKS_PIP) install --quiet --no-deps --no-build-isolation \
+		-r constraints-frameworks.txt
 	@touch $@
 
 # Playwright would download a browser of its own; Debian's comes with its libraries and its updates.
@@ -42,6 +62,10 @@ demo: install  ## train a small MoE for two minutes, record it, print the report
 test: lint $(BROWSER)  ## lint, then every test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
+test-frameworks: export MOE_LENS_REQUIRE_FRAMEWORKS := 1
+test-frameworks: frameworks  ## the tests against the other model libraries
+	$(BIN)/python -m pytest tests/frameworks/other
+
 lint: install  ## ruff, mypy, import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -55,6 +79,9 @@ format: install  ## let ruff sort imports and format
 bench: install  ## run every benchmark; each exits non-zero when it misses its gate
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
 
-clean:  ## remove caches and builds; .venv and traces stay
+models: install  ## prove every architecture of transformers once more, write docs/supported-models.md
+	PYTHONPATH=tests $(BIN)/python -m support.zoo.table
+
+clean:  ## remove caches and builds; environments and traces stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
-	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	find . -path './.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +
