@@ -19,6 +19,7 @@ from moe_lens.errors import (
     MoeLensError,
     NoMoELayers,
     QueryError,
+    SteeringError,
     TraceError,
     TraceLocked,
     TraceWriteError,
@@ -26,36 +27,47 @@ from moe_lens.errors import (
 )
 
 if TYPE_CHECKING:
+    from moe_lens.queries.diff import Difference, diff
     from moe_lens.queries.session import Trace
     from moe_lens.queries.session import open_trace as open
     from moe_lens.trace.recover import recover
     from moe_lens_hooks import Recorder, every, record
+    from moe_lens_hooks.steering import Forced, force_routing
 
     __version__: str
 
 __all__ = [
     "CaptureBreach",
     "CommandError",
+    "Difference",
+    "Forced",
     "MoeLensError",
     "NoMoELayers",
     "QueryError",
     "Recorder",
+    "SteeringError",
     "Trace",
     "TraceError",
     "TraceLocked",
     "TraceWriteError",
     "UnsupportedRouter",
     "__version__",
+    "diff",
     "every",
+    "force_routing",
     "open",
     "record",
     "recover",
 ]
 
 _HOMES = {
+    "Difference": ("moe_lens.queries.diff", "Difference"),
+    "Forced": ("moe_lens_hooks.steering", "Forced"),
     "Recorder": ("moe_lens_hooks", "Recorder"),
     "Trace": ("moe_lens.queries.session", "Trace"),
+    "diff": ("moe_lens.queries.diff", "diff"),
     "every": ("moe_lens_hooks", "every"),
+    "force_routing": ("moe_lens_hooks.steering", "force_routing"),
     "open": ("moe_lens.queries.session", "open_trace"),
     "record": ("moe_lens_hooks", "record"),
     "recover": ("moe_lens.trace.recover", "recover"),

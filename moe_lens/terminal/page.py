@@ -42,12 +42,12 @@ def _run(answers: Answers, console: Console) -> None:
     width = console.width - _INDENT
     half = width // 2 - 2
     where = f"phase {answers.phase}" if answers.phase else "all phases"
-    _print(console, Rule(Text(f"moe_lens · {answers.info.run}", style="bold"), align="left"))
-    _print(console, Padding.indent(heading(answers), _INDENT))
+    print_plain(console, Rule(Text(f"moe_lens · {answers.info.run}", style="bold"), align="left"))
+    print_plain(console, Padding.indent(heading(answers), _INDENT))
     if not answers.balance:
-        _print(console, _section("Load", Text("No MoE layer is known yet.")))
+        print_plain(console, _section("Load", Text("No MoE layer is known yet.")))
     elif width < _SIDE_BY_SIDE:
-        _print(
+        print_plain(
             console,
             _section(f"Choices by layer and expert ({where})", _load(answers)),
             _section(f"Routers and balance by layer ({where})", balance(answers, width)),
@@ -57,7 +57,7 @@ def _run(answers: Answers, console: Console) -> None:
             _section("Loss by tag", *losses(answers)),
         )
     else:
-        _print(
+        print_plain(
             console,
             _section(f"Choices by layer and expert ({where})", _load(answers)),
             _beside(
@@ -72,7 +72,7 @@ def _run(answers: Answers, console: Console) -> None:
                 half,
             ),
         )
-    _print(console, _section("Capture", health(answers)))
+    print_plain(console, _section("Capture", health(answers)))
 
 
 def _load(answers: Answers) -> RenderableType:
@@ -93,7 +93,7 @@ def _beside(left: RenderableType, right: RenderableType, half: int) -> Table:
     return grid
 
 
-def _print(console: Console, *parts: RenderableType) -> None:
+def print_plain(console: Console, *parts: RenderableType) -> None:
     """Print without the blanks with which rich fills lines: a piped page has none at line ends."""
     for part in parts:
         if console.is_terminal:

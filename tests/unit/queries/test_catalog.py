@@ -80,7 +80,7 @@ def test_a_wrong_parameter_is_named(given: dict, says: str) -> None:
 
 
 def test_an_unknown_question_lists_the_known() -> None:
-    with pytest.raises(QueryError, match=r"(?s)Did you mean expert_load.*capture_health, dropped"):
+    with pytest.raises(QueryError, match=r"(?s)Did you mean expert_load.*capture_health.* dropped"):
         question("experts_load")
 
 
