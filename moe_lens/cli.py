@@ -12,8 +12,10 @@ from typing import Annotated
 import typer
 
 from moe_lens.commands.demo import demo
+from moe_lens.commands.diff import diff
 from moe_lens.commands.info import info
 from moe_lens.commands.query import query
+from moe_lens.commands.record import record
 from moe_lens.commands.recover import recover
 from moe_lens.commands.report import report
 from moe_lens.errors import CommandError, MoeLensError
@@ -25,8 +27,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, info, report, query, recover):
+for command in (demo, info, report, diff, query, recover):
     app.command()(command)
+# What stands after SCRIPT is the script's.
+app.command(context_settings={"allow_interspersed_args": False})(record)
 
 
 def _show_version(asked: bool) -> None:

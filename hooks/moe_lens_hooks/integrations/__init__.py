@@ -1,0 +1,1 @@
+"""Callbacks for trainers, one file a library; each imports its own."""
