@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Callable
 from typing import Literal
 
-from moe_lens.errors import CaptureBreach
+from moe_lens.errors import CaptureBreach, UnsupportedRouter
 from moe_lens.trace.meta import Meta
 from moe_lens.trace.writer import TraceWriter
 
 OnTrouble = Literal["raise", "warn"]
+
+
+REMEMBERED = 1000
+"""Breaches that were told already and may come from the writer once more (it keeps a hundred)."""
 
 
 class Watch:
@@ -34,18 +39,29 @@ class Watch:
         self.raise_write_error = on_write_error == "raise"
         self._stop = stop
         self._stopped = False
+        self.tell: Callable[[str], None] = _warn
+        """How the user hears of what is not raised."""
         self._seen_here: list[str] = []
-        self._told: set[str] = set()
+        self._refused = False
+        self._told: deque[str] = deque(maxlen=REMEMBERED)
+        self._warned: set[str] = set()
 
-    def breach(self, text: str) -> None:
-        """A breach seen on the model's thread; the writer will find it again in the forward."""
+    def breach(self, text: str, *, refused: bool = False) -> None:
+        """A breach seen on the model's thread; the writer will find it again in the forward.
+
+        Args:
+            text: What is wrong.
+            refused: A layer's routing cannot be seen.
+        """
         self._seen_here.append(text)
+        self._refused |= refused
 
     def check(self) -> None:
         """Raise or warn of what is new.
 
         Raises:
             TraceWriteError: The disk refused.
+            UnsupportedRouter: A layer turned out to route in a way that cannot be seen.
             CaptureBreach: An invariant failed.
         """
         if self._writer.failed is not None:
@@ -54,17 +70,18 @@ class Watch:
             if not self._stopped:
                 self._stopped = True
                 self._stop()
-                warnings.warn(str(self._writer.failed), stacklevel=4)
+                self.tell(str(self._writer.failed))
         here, self._seen_here = self._seen_here, []
         texts = here + [t for t in self._writer.take_breaches() if t not in self._told]
-        self._told.update(here)
+        self._told.extend(here)
         if not texts:
             return
         more = f" … and {len(texts) - 3} more" if len(texts) > 3 else ""
         message = "; ".join(texts[:3]) + more
+        refused, self._refused = self._refused, False
         if self._raise_breach:
-            raise CaptureBreach(message)
-        warnings.warn(message, stacklevel=4)
+            raise UnsupportedRouter(message) if refused else CaptureBreach(message)
+        self.tell(message)
 
     def count(self, text: str, n: int = 1) -> None:
         """Note in the trace that something went wrong, without stopping."""
@@ -77,6 +94,10 @@ class Watch:
     def warn(self, text: str) -> None:
         """Warn the first time, count every time."""
         self.count(text)
-        if text not in self._told:
-            self._told.add(text)
-            warnings.warn(text, stacklevel=4)
+        if text not in self._warned:
+            self._warned.add(text)
+            self.tell(text)
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=5)

@@ -112,6 +112,8 @@ class SequenceRow:
     sequence: int
     tag: str
     request: str | None = None
+    parent: int | None = None
+    """The sequence it forked from."""
     keys: dict[str, str | None] = field(default_factory=dict)
 
 
@@ -168,6 +170,8 @@ class Forward:
 class Losses:
     """Losses of the last forward, given after it."""
 
+    step: int
+    forward: int
     tags: list[str]
     loss_sum_G: Doubles
     loss_tokens_G: Ints
@@ -181,6 +185,20 @@ class Losses:
 
 
 @dataclass(slots=True)
+class Outcomes:
+    """What became of tokens that earlier forwards routed; see the table `outcomes`."""
+
+    step_N: Ints
+    forward_N: Ids
+    sequence_N: Ints
+    position_N: Ids
+    kept: bool
+
+    def resolve(self) -> Outcomes:
+        return self
+
+
+@dataclass(slots=True)
 class StepEnd:
     """The user's step is over: a window of training closes with it."""
 
@@ -190,10 +208,13 @@ class StepEnd:
         return self
 
 
+Event = Forward | Losses | Outcomes | StepEnd
+
+
 class Staged(Protocol):
     """An event whose numbers may still be on their way from a device."""
 
-    def resolve(self) -> Forward | Losses | StepEnd:
+    def resolve(self) -> Event:
         """Wait for the numbers; called on the writer's thread."""
         ...
 

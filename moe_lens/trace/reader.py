@@ -111,11 +111,7 @@ def read_stream(path: Path) -> pa.Table | None:
 
 
 def superseded_from(meta: Meta) -> dict[int, int]:
-    """For each attempt that a later one overtook, the first step at which its rows do not count.
-
-    `outcomes` has no step and is left alone: an overtaken sequence has no row in `sequences`, so a
-    join drops its outcomes.
-    """
+    """For each attempt that a later one overtook, the first step at which its rows do not count."""
     found: dict[int, int] = {}
     for earlier in meta.attempts:
         later = [

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from moe_lens.trace.events import Forward, LayerCounts, LayerRows, Losses
+from moe_lens.trace.events import Forward, LayerCounts, LayerRows, Losses, Outcomes
 from moe_lens.trace.gather import lists
 from moe_lens.trace.rounding import BF16_BITS, keep_mantissa
 from moe_lens.trace.schema import TABLES, Table
@@ -134,6 +134,7 @@ def sequence_table(forward: Forward, attempt: int, table: Table) -> pa.Table:
         "sequence": [r.sequence for r in rows],
         "tag": [r.tag for r in rows],
         "request": [r.request for r in rows],
+        "parent": [r.parent for r in rows],
     }
     for name in table.schema.names[len(TABLES["sequences"].columns) :]:
         columns[name] = [r.keys.get(name) for r in rows]
@@ -141,16 +142,33 @@ def sequence_table(forward: Forward, attempt: int, table: Table) -> pa.Table:
     return pa.Table.from_arrays(arrays, schema=table.schema)
 
 
-def outcome_table(losses: Losses, attempt: int) -> pa.Table:
+def loss_table(losses: Losses, attempt: int) -> pa.Table:
     """The rows of `outcomes` that losses make."""
     n = len(losses.sequence_N)
     position = losses.position_N
     columns = {
         "attempt": np.full(n, attempt, np.int32),
+        "step": np.full(n, losses.step, np.int64),
+        "forward": np.full(n, losses.forward, np.int32),
         "sequence": losses.sequence_N,
         "position": pa.nulls(n, pa.int32()) if position is None else position,
         "kept": pa.nulls(n, pa.bool_()),
         "loss": losses.loss_N,
+    }
+    return as_table("outcomes", columns)
+
+
+def outcome_table(outcomes: Outcomes, attempt: int) -> pa.Table:
+    """The rows of `outcomes` that say which tokens were kept."""
+    n = len(outcomes.sequence_N)
+    columns = {
+        "attempt": np.full(n, attempt, np.int32),
+        "step": outcomes.step_N,
+        "forward": outcomes.forward_N,
+        "sequence": outcomes.sequence_N,
+        "position": outcomes.position_N,
+        "kept": np.full(n, outcomes.kept),
+        "loss": pa.nulls(n, pa.float32()),
     }
     return as_table("outcomes", columns)
 

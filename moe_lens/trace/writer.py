@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from moe_lens.errors import TraceWriteError
 from moe_lens.trace import rows
-from moe_lens.trace.events import Forward, Losses, Staged, StagedForward, StepEnd
+from moe_lens.trace.events import Event, Forward, Losses, Outcomes, Staged, StagedForward
 from moe_lens.trace.invariants import check
 from moe_lens.trace.meta import Meta
 from moe_lens.trace.store import SEAL_ROWS, SEAL_SECONDS, TraceStore
@@ -217,11 +217,13 @@ class TraceWriter:
                 if isinstance(event, _Flush):
                     event.done.set()
 
-    def _take(self, event: Forward | Losses | StepEnd, out: dict[str, list[pa.Table]]) -> None:
+    def _take(self, event: Event, out: dict[str, list[pa.Table]]) -> None:
         if isinstance(event, Forward):
             self._forward(event, out)
         elif isinstance(event, Losses):
             self._losses(event, out)
+        elif isinstance(event, Outcomes):
+            out.setdefault("outcomes", []).append(rows.outcome_table(event, self._attempt))
         elif self._window is not None and self._window.alone:
             self._close_window(out)
 
@@ -269,7 +271,7 @@ class TraceWriter:
             assert self._last is not None  # there are losses of forwards only
             self._window = self._last.emptied()
         self._window.add_losses(losses)
-        out.setdefault("outcomes", []).append(rows.outcome_table(losses, self._attempt))
+        out.setdefault("outcomes", []).append(rows.loss_table(losses, self._attempt))
 
     def _close_window(self, out: dict[str, list[pa.Table]]) -> None:
         if self._window is None:

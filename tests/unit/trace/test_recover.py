@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.events import new_meta, read_rows
+from support.reading import new_meta, read_rows
 from support.traces import arrow, stream
 
 from moe_lens.errors import TraceError, TraceLocked

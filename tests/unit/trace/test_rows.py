@@ -11,20 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.events import (
-    ROW_KEYS,
-    TAGS,
-    Key,
-    Router,
-    Row,
-    Seen,
-    event,
-    losses_event,
-    new_meta,
-    read_rows,
-    seen,
-    tally,
-)
+from support.events import ROW_KEYS, TAGS, Key, Router, Row, Seen, event, losses_event, seen, tally
+from support.reading import new_meta, read_rows
 
 from moe_lens.trace import rows, windows
 from moe_lens.trace.events import Losses, SequenceRow, TokenRows
@@ -286,19 +274,22 @@ def test_the_users_keys_are_columns_of_sequences() -> None:
     forward = event(seen([Router(0, 8, 2)], lengths=()))
     forward.sequences = [
         SequenceRow(7, "code", keys={"source": "a.py", "split": None}),
-        SequenceRow(8, "prose", "req-8", {"split": "held out", "unheard of": "x"}),
+        SequenceRow(8, "prose", "req-8", 7, {"split": "held out", "unheard of": "x"}),
     ]
     table = rows.sequence_table(forward, 1, with_keys(("source", "split"))["sequences"])
     head = {"attempt": 1, "step": 0, "forward": 0}
     assert table.to_pylist() == [
-        {**head, "sequence": 7, "tag": "code", "request": None, "source": "a.py", "split": None},
-        {**head, "sequence": 8, "tag": "prose", "request": "req-8", "source": None}
+        {**head, "sequence": 7, "tag": "code", "request": None, "source": "a.py", "split": None}
+        | {"parent": None},
+        {**head, "sequence": 8, "tag": "prose", "request": "req-8", "source": None, "parent": 7}
         | {"split": "held out"},
     ]
 
 
 def test_a_loss_of_a_whole_sequence_has_no_position() -> None:
     losses = Losses(
+        9,
+        1,
         ["code"],
         np.array([3.0]),
         np.array([2]),
@@ -306,8 +297,9 @@ def test_a_loss_of_a_whole_sequence_has_no_position() -> None:
         None,
         np.array([1.0, 2.0], np.float32),
     )
-    assert rows.outcome_table(losses, 2).to_pylist() == [
-        {"attempt": 2, "sequence": s, "position": None, "kept": None, "loss": loss}
+    head = {"attempt": 2, "step": 9, "forward": 1}
+    assert rows.loss_table(losses, 2).to_pylist() == [
+        {**head, "sequence": s, "position": None, "kept": None, "loss": loss}
         for s, loss in ((4, 1.0), (5, 2.0))
     ]
 

@@ -12,7 +12,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support.events import Router, event, losses_event, new_meta, read_rows, seen
+from support.events import Router, event, losses_event, seen
+from support.reading import new_meta, read_rows
 
 from moe_lens.trace import layout, segment
 from moe_lens.trace.gather import lists
@@ -74,9 +75,9 @@ def test_tables_without_layers_keep_their_order(tmp_path: Path) -> None:
     path = tmp_path / "seg-00000000.parquet"
     schema = TABLES["outcomes"].schema
     sequences = random.Random(0).sample(range(1000), 1000)
-    rows = pa.table(
-        {"attempt": [0] * 1000, "sequence": sequences, "position": [0] * 1000,
-         "kept": [None] * 1000, "loss": [0.0] * 1000}, schema=schema)  # fmt: skip
+    columns = {name: [0] * 1000 for name in schema.names}
+    columns |= {"sequence": sequences, "kept": [None] * 1000, "loss": [0.0] * 1000}
+    rows = pa.table(columns, schema=schema)
     write_segment(path, TABLES["outcomes"], rows)
     assert pq.read_table(path)["sequence"].to_pylist() == sequences
 
@@ -99,7 +100,8 @@ def test_row_groups_have_131072_rows(tmp_path: Path, layers: list[int]) -> None:
 def test_outcomes_have_row_groups_too(tmp_path: Path) -> None:
     path = tmp_path / "seg-00000000.parquet"
     n = ROW_GROUP + 1
-    columns = [np.zeros(n, np.int32), np.arange(n), np.zeros(n, np.int32), pa.nulls(n, pa.bool_()),
+    zeros = np.zeros(n, np.int32)
+    columns = [zeros, zeros.astype(np.int64), zeros, np.arange(n), zeros, pa.nulls(n, pa.bool_()),
                np.zeros(n, np.float32)]  # fmt: skip
     schema = TABLES["outcomes"].schema
     write_segment(path, TABLES["outcomes"], pa.Table.from_arrays(columns, schema=schema))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from support.events import new_meta, read_rows
+from support.reading import new_meta, read_rows
 
 from moe_lens.trace import layout, store
 from moe_lens.trace.meta import read_meta
@@ -22,6 +22,8 @@ def outcomes(n: int, first: int = 0) -> pa.Table:
     loss = np.random.default_rng(first).random(n, dtype=np.float32)
     columns: dict[str, Any] = {
         "attempt": np.zeros(n, np.int32),
+        "step": np.zeros(n, np.int64),
+        "forward": np.zeros(n, np.int32),
         "sequence": np.arange(first, first + n),
         "position": pa.nulls(n, pa.int32()),
         "kept": pa.nulls(n, pa.bool_()),

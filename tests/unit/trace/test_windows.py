@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.events import Router, Row, event, losses_event, new_meta, read_rows, seen
+from support.events import Router, Row, event, losses_event, seen
+from support.reading import new_meta, read_rows
 
 from moe_lens.trace import windows
 from moe_lens.trace.events import Forward, LayerCounts, Losses, StepEnd
@@ -303,7 +304,7 @@ def slices(run: Path) -> dict[tuple[int, str], tuple[int, float | None, int]]:
 def loss(tag: str, value: float, n: int = 1) -> Losses:
     none = np.zeros(0)
     ids = none.astype(np.int64)
-    return Losses([tag], np.array([value]), np.array([n]), ids, None, none.astype(np.float32))
+    return Losses(0, 0, [tag], np.array([value]), np.array([n]), ids, None, none.astype(np.float32))
 
 
 def train(step: int) -> Forward:

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.events import Router, event, losses_event, new_meta, read_rows, seen
+from support.events import Router, event, losses_event, seen
+from support.reading import new_meta, read_rows
 
 from moe_lens.errors import TraceWriteError
 from moe_lens.trace import layout, writer
