@@ -36,7 +36,7 @@ import transformers
 from _common import Pairs, Report, interleaved, is_quick, progress, scratch, table
 from torch import Tensor, nn
 
-import moe_lens_hooks.capture
+import moe_lens_hooks.attach
 from moe_lens_hooks.recorder import Recorder
 
 SEED = 2026
@@ -63,11 +63,11 @@ class HookTime:
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        self.untraced = moe_lens_hooks.capture._untraced
+        self.hook = moe_lens_hooks.attach._hook
 
-    def wrap(self, hook: Callable[..., None]) -> Callable[..., None]:
-        """In the place of `capture._untraced`, which every hook passes through."""
-        hook = self.untraced(hook)
+    def wrap(self, plain: Callable[..., None], traced: Callable[..., None]) -> Callable[..., None]:
+        """In the place of `attach._hook`, which makes every hook."""
+        hook = self.hook(plain, traced)
 
         def timed(*args: Any, **kwargs: Any) -> None:
             before = time.thread_time()
@@ -101,11 +101,11 @@ def direct(
             model(ids)
         own, others = (b - a for a, b in zip((own, others), cpu_now(), strict=True))
     else:
-        moe_lens_hooks.capture._untraced = hooks.wrap  # type: ignore[assignment]
+        moe_lens_hooks.attach._hook = hooks.wrap
         try:
             recorder = Recorder(model, run, tokens=tokens)
         finally:
-            moe_lens_hooks.capture._untraced = hooks.untraced
+            moe_lens_hooks.attach._hook = hooks.hook
         model(batches[0])  # the first forward learns what the routers do
         recorder.flush()
         hooks.seconds = 0.0

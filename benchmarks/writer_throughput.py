@@ -39,6 +39,8 @@ from moe_lens.trace.segment import ROW_GROUP, open_parquet
 from moe_lens.trace.store import TraceStore
 from moe_lens.trace.writer import TraceWriter
 from moe_lens_hooks.batch import Batch
+from moe_lens_hooks.lineage import Line
+from moe_lens_hooks.owners import owned_by_rows
 from moe_lens_hooks.reduce import _Tally
 
 ROUTING = TABLES["routing"]
@@ -115,11 +117,11 @@ def counting(forward: Forward, rounds: int) -> dict[str, Pairs]:
     rows = [x.rows.expert_ids_NK for x in forward.layers if x.rows is not None]
     ids_LTK = torch.from_numpy(np.stack(rows).astype(np.int64))
     T, E = ids_LTK.shape[1], forward.layers[0].routed_GE.shape[1]
-    none = np.zeros(T, np.int64)
-    tag = none.astype(np.int32)
+    tag = np.zeros(1, np.int64)
     tokens = torch.tensor([T])
+    owners = owned_by_rows([Line(0, 0)], T, "bs")
     batch = Batch(
-        (1, T), ["untagged"], None, False, tokens, none[:1], none, tag, None, None, None, []
+        (1, T), ["untagged"], None, False, tokens, owners, tag, None, None, None, None, None
     )
     tally = _Tally(batch, E, TOGETHER)
     parts = ids_LTK.split(TOGETHER)

@@ -1,27 +1,31 @@
-"""Hooks on a model: they see each MoE block being entered, and what its experts are given.
+"""The forward that is running: what hooks see of its MoE blocks is put together here.
 
-Every hook returns None, so nothing the model computes is replaced, and none raises into a forward
-for what it sees: problems travel with the counts.
+Nothing raises into a forward for what is seen: problems travel with the counts.
 """
 
 from __future__ import annotations
 
-import inspect
-import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moe_lens.errors import CaptureBreach, NoMoELayers, UnsupportedRouter
-from moe_lens_hooks.adapter import Adapter, Around, MoELayer, Observed, Read
+from moe_lens_hooks.adapter import MoELayer, Observed, Read
+from moe_lens_hooks.finding import DATA_PARALLEL
 from moe_lens_hooks.forward import OpenForward, recomputing
-
-_SOFT = re.compile(r"soft_?(moe|mixture)", re.IGNORECASE)
+from moe_lens_hooks.graphs import (
+    Block,
+    CapturedForward,
+    captured_forward,
+    unwatch_graphs,
+    watch_graphs,
+)
 
 _recorded: WeakSet[nn.Module] = WeakSet()
 """Blocks that a recorder is attached to: two on one block would each see half of the truth."""
@@ -32,53 +36,22 @@ Fire = Callable[[OpenForward, MoELayer, int, tuple[int, int] | None, Observed], 
 """(forward, layer, how often its block was entered before, its input's (B, S), what was seen)."""
 
 
-def find_layers(models: Sequence[nn.Module], adapters: Sequence[Adapter]) -> list[MoELayer]:
-    """The MoE layers of a model; a module that one adapter took is not offered to the next.
+@dataclass(slots=True)
+class _Running:
+    """A block that was entered and has not returned."""
 
-    Args:
-        models: The model, or its pipeline chunks: then their numbers lead the paths of the layers.
-        adapters: Asked in this order.
-
-    Raises:
-        NoMoELayers: None was recognised.
-        UnsupportedRouter: A block is an MoE whose routing cannot be seen.
-    """
-    found: list[MoELayer] = []
-    for path, module in _named_modules(models):
-        if _SOFT.search(type(module).__name__):
-            raise UnsupportedRouter(
-                f"{path} ({type(module).__name__}) is a soft mixture: each expert computes a blend "
-                "of all tokens, so there is no routing decision to record."
-            )
-        layers = (adapter.layer(path, module) for adapter in adapters)
-        layer = next((x for x in layers if x is not None), None)
-        if layer is not None:
-            found.append(layer)
-    if not found:
-        names = ", ".join(a.name for a in adapters)
-        raise NoMoELayers(
-            f"{type(models[0]).__name__} has no MoE layer that an adapter recognises ({names}). "
-            "If it is dense there is nothing to record; if it routes, write an adapter in 30 lines "
-            "(docs/hooks.md), or record(None, …) and hand the routing to rec.log(layer, "
-            "expert_ids, weights)."
-        )
-    return found
-
-
-def _named_modules(models: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    if len(models) == 1:
-        yield from models[0].named_modules()
-        return
-    for i, model in enumerate(models):
-        yield from model.named_modules(prefix=str(i))
+    layer: MoELayer
+    seen: Observed
+    shape: tuple[int, int] | None
+    """First two sizes of its input `[B, S, D]`; None for `[T, D]`."""
 
 
 class Capture:
-    """Attaches hooks and keeps track of the forward that is running.
+    """Keeps track of the forward that is running; `attach` hooks a model up to it.
 
     Args:
         models: The root module, or the chunks of one that this rank runs in a pipeline, in the
-            order in which a token passes them; empty: nothing is hooked.
+            order in which a token passes them; empty: there is only `implicit`.
         layers: Its MoE layers.
         begin: Makes the state of a new forward.
         fire: Takes what one block was seen to do.
@@ -101,9 +74,11 @@ class Capture:
             )
         self._begin, self._fire, self._end = begin, fire, end
         self._layers = layers
-        self._stack: list[Observed] = []
-        self._shapes: list[tuple[int, int] | None] = []
-        self._contexts: list[AbstractContextManager[Any]] = []
+        self._stack: list[_Running] = []
+        self.contexts: list[AbstractContextManager[Any]] = []
+        """Entered by hooks and not left."""
+        self._seen_ahead: dict[nn.Module, Observed] = {}
+        """What taps around a block saw before it is entered."""
         self.current: OpenForward | None = None
         self._chunks = len(models)
         self._runs = [0] * len(models)
@@ -114,16 +89,34 @@ class Capture:
         self.aborted = 0
         """Forwards that an exception ended before their root module returned."""
         self._handles: list[Any] = []
-        for layer in layers:
-            self._attach(layer)
-            _recorded.add(layer.block)
-        for i, model in enumerate(models):  # last, around the blocks': the root may be a block
-            self._attach_root(i, model)
+        self._handles_of: dict[int, list[Any]] = {}
+        """By layer (its id)."""
+        self._refusing: dict[int, UnsupportedRouter] = {}
+        """Layers (by id) whose routing turned out to be out of sight, until their block returns."""
+        self.refused: list[str] = []
+        """Why layers are not recorded any more."""
+        self.left_out: list[str] = []
+        """What looked like a layer and is none."""
+        self._told: list[str] = []
+        _recorded.update(x.block for x in layers)
+        watch_graphs(torch.cuda.CUDAGraph)
+        self._attached = True
+
+    def keep(self, handles: Iterable[Any], layer: MoELayer | None = None) -> None:
+        """Remember hooks, of a layer or of the root, to take them off again."""
+        handles = list(handles)
+        self._handles += handles
+        if layer is not None:
+            self._handles_of[id(layer)] = handles
 
     def detach(self) -> None:
         """Take every hook off again."""
         if self.current is not None:
             self.aborted, self.current = self.aborted + 1, None
+        if not self._attached:
+            return
+        self._attached = False
+        unwatch_graphs(torch.cuda.CUDAGraph)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -133,7 +126,7 @@ class Capture:
     def implicit(self) -> OpenForward:
         """The running forward, or a new one that no root module opened."""
         if self.current is None:
-            self.current = self._begin({}, True)
+            self.current = captured_forward({}, True) or self._begin({}, True)
         return self.current
 
     def abandon(self) -> None:
@@ -141,10 +134,9 @@ class Capture:
         if self.current is not None:
             self.aborted, self.current = self.aborted + 1, None
             self._stack.clear()
-            self._shapes.clear()
         for forward in self._between.values():  # micro-batches that did not pass all chunks
             forward.problem("a micro-batch did not run through all pipeline chunks in one step")
-            self._end(forward)
+            self._over(forward)
         self._between.clear()
         self._runs = [0] * self._chunks
 
@@ -152,90 +144,103 @@ class Capture:
         """A step or a root forward begins or ends: what ran without a root belongs together."""
         if self.current is not None and self.current.implicit:
             forward, self.current = self.current, None
-            self._end(forward)
+            self._over(forward)
 
-    def _attach_root(self, chunk: int, model: nn.Module) -> None:
-        names = _argument_names(model)
+    def look(
+        self,
+        layer: MoELayer,
+        name: str,
+        read: Read,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+    ) -> None:
+        """A module of the block that is running was tapped."""
+        seen = self.seen_of(layer)
+        if seen is None or recomputing() or self._elsewhere():
+            return
+        earlier = seen.expert_ids_TK
+        self._read(layer, seen, name, read, args, kwargs, output)
+        if earlier is not None and seen.expert_ids_TK is not earlier:
+            seen.calls += 1
 
-        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._enter_root(chunk, dict(zip(names, args, strict=False)) | kwargs)
+    def look_ahead(
+        self,
+        layer: MoELayer,
+        name: str,
+        read: Read,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+    ) -> None:
+        """A module around a block that is still to run was tapped."""
+        if recomputing() or self._elsewhere():
+            return
+        self.implicit()
+        seen = self._seen_ahead[layer.block] = Observed()
+        self._read(layer, seen, name, read, args, kwargs, output)
 
-        def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            self._leave_root(chunk)
-
-        self._handles += [
-            model.register_forward_pre_hook(_untraced(enter), with_kwargs=True, prepend=True),
-            model.register_forward_hook(_untraced(leave), with_kwargs=True),
-        ]
-
-    def _attach(self, layer: MoELayer) -> None:
-        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._enter_block(layer, args, kwargs)
-
-        def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            self._leave_block(layer)
-
-        # First in, first out: a tap may be the block itself.
-        self._handles += [
-            layer.block.register_forward_pre_hook(_untraced(enter), with_kwargs=True, prepend=True),
-        ]
-        for tap in layer.taps:
-            if tap.around is not None:
-                self._surround(tap.module, tap.around)
-            elif tap.read is not None:
-                self._tap(tap.module, tap.when, tap.read)
-        self._handles.append(layer.block.register_forward_hook(_untraced(leave), with_kwargs=True))
-
-    def _tap(self, module: nn.Module, when: str, read: Read) -> None:
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self._stack and not recomputing() and not self._elsewhere():
-                seen = self._stack[-1]
-                earlier = seen.expert_ids_TK
-                self._read(read, module, args, kwargs, None)
-                if earlier is not None and seen.expert_ids_TK is not earlier:
-                    seen.calls += 1
-
-        def after(_: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
-            if self._stack and not recomputing() and not self._elsewhere():
-                self._read(read, module, args, kwargs, output)
-
-        if when == "input":
-            handle = module.register_forward_pre_hook(_untraced(before), with_kwargs=True)
-        else:
-            handle = module.register_forward_hook(_untraced(after), with_kwargs=True)
-        self._handles.append(handle)
-
-    def _surround(self, module: nn.Module, around: Around) -> None:
-        """Hooks that enter a context before the module runs and leave it whatever happens."""
-
-        def before(_: nn.Module, args: tuple[Any, ...]) -> None:
-            context: AbstractContextManager[Any] = nullcontext()
-            if self._stack and not recomputing() and not self._elsewhere():
-                context = around(self._stack[-1])
-            context.__enter__()
-            self._contexts.append(context)
-
-        def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if self._contexts:
-                self._contexts.pop().__exit__(None, None, None)
-            if self._stack and not recomputing() and not self._elsewhere():
-                self._stack[-1].hold()
-
-        self._handles += [
-            module.register_forward_pre_hook(_untraced(before)),
-            module.register_forward_hook(_untraced(after), always_call=True),
-        ]
-
-    def _read(self, read: Read, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _read(
+        self,
+        layer: MoELayer,
+        seen: Observed,
+        name: str,
+        read: Read,
+        args: Any,
+        kwargs: Any,
+        output: Any,
+    ) -> None:
         """Let the adapter look; its mistakes are breaches, not exceptions inside the model."""
         try:
-            read(self._stack[-1], args, kwargs, output)
+            read(seen, args, kwargs, output)
+        except UnsupportedRouter as e:
+            self._refusing[id(layer)] = e
         except Exception as e:
-            assert self.current is not None
-            what = f"{type(e).__name__}: {e}"
-            self.current.problem(f"the adapter could not read {type(module).__name__} ({what})")
+            self.wrong(f"{name} ({type(e).__name__}: {e})")
         else:
-            self._stack[-1].hold()
+            seen.hold()
+
+    def _refuse(self, forward: OpenForward, layer: MoELayer, error: UnsupportedRouter) -> None:
+        """A layer's routing cannot be seen: nothing of it is recorded from here on."""
+        for handle in self._handles_of[id(layer)]:
+            handle.remove()
+        _recorded.discard(layer.block)
+        forward.expected -= 1
+        if isinstance(error, NoMoELayers):
+            self.left_out.append(str(error))
+        else:
+            self.refused.append(str(error))
+            forward.problem(str(error))
+
+    @property
+    def blind(self) -> str | None:
+        """Why no layer of the model is recorded any more; None while there is one."""
+        gone = [*self.refused, *self._told, *self.left_out]
+        if not self._layers or len(gone) < len(self._layers):
+            return None
+        return f"the model has no MoE layer that can be recorded: {'; '.join(gone)}"
+
+    def take_left_out(self) -> list[str]:
+        """What looked like a layer and is none, each told once."""
+        told, self.left_out = self.left_out, []
+        self._told += told
+        return told
+
+    def wrong(self, what: str) -> None:
+        """An adapter stumbled over a module."""
+        if self.current is not None and not recomputing():
+            self.current.problem(f"the adapter could not read {what}")
+
+    def seen_of(self, layer: MoELayer) -> Observed | None:
+        """What is seen so far of a block, if it is the one that is running."""
+        stack = self._stack
+        return stack[-1].seen if stack and stack[-1].layer is layer else None
+
+    def seen_now(self) -> Observed | None:
+        """What is seen so far of the block that is running; None if that is not to be recorded."""
+        if not self._stack or recomputing() or self._elsewhere():
+            return None
+        return self._stack[-1].seen
 
     def _elsewhere(self) -> bool:
         """Another thread is in the middle of a forward: what this one sees is not of it."""
@@ -247,29 +252,63 @@ class Capture:
         )
         return True
 
-    def _enter_root(self, chunk: int, inputs: dict[str, Any]) -> None:
+    def enter_root(self, chunk: int, inputs: dict[str, Any]) -> None:
+        """The root module, or a chunk of it, is entered with these arguments."""
         if recomputing() or self._elsewhere():
             return
         self.end_implicit()
         if self.current is not None:
             self.aborted += 1
         self._stack.clear()
-        self._shapes.clear()
         number, self._runs[chunk] = self._runs[chunk], self._runs[chunk] + 1
         self.current = self._between.pop(number, None) if chunk else None
         if self.current is None:
-            self.current = self._begin(inputs, False)
+            self.current = captured_forward(inputs, False) or self._begin(inputs, False)
 
-    def _leave_root(self, chunk: int) -> None:
+    def replica(self) -> None:
+        """A copy of the model that DataParallel made is about to run in a thread of its own."""
+        self.implicit().problem(DATA_PARALLEL)
+
+    def leave_root(self, chunk: int, output: Any = None) -> None:
+        """It has returned."""
         if recomputing() or self.current is None or self._elsewhere():
             return
         forward, self.current = self.current, None
+        forward.returned = output
         if chunk < self._chunks - 1:
             self._between[self._runs[chunk] - 1] = forward
         else:
-            self._end(forward)
+            self._over(forward)
 
-    def _enter_block(self, layer: MoELayer, args: tuple[Any, ...], kwargs: Any) -> None:
+    def _over(self, forward: OpenForward) -> None:
+        if not isinstance(forward, CapturedForward):
+            self._end(forward)
+        elif forward.implicit:
+            refused = self._begin({}, True)
+            refused.expected, refused.problems = forward.expected, forward.problems
+            self._end(refused)
+        else:
+            forward.finish(self._replayed)
+
+    def _replayed(self, captured: CapturedForward) -> None:
+        """A replay of a captured forward has been queued: see what its hooks would have seen."""
+        if not self._attached:
+            return
+        self.end_implicit()
+        if self.current is not None:
+            self.current.problem("a CUDA graph of a recorded model was replayed inside a forward")
+            return
+        forward = self._begin(captured.inputs, False)
+        forward.expected, forward.problems = captured.expected, dict(captured.problems)
+        forward.replay = captured.last_replay()
+        for block in captured.blocks:
+            self.entered.add(block.layer.block)
+            with torch.inference_mode():
+                self._fire(forward, block.layer, block.times, block.shape, block.seen)
+        self._end(forward)
+
+    def enter_block(self, layer: MoELayer, shape: tuple[int, int] | None) -> None:
+        """An MoE block is entered; `shape` is (B, S) of its input, None for `[T, D]`."""
         if recomputing() or self._elsewhere():
             return
         forward = self.current
@@ -278,15 +317,21 @@ class Capture:
         forward = self.implicit()
         forward.expected += 1
         self.entered.add(layer.block)
-        self._stack.append(Observed())
-        self._shapes.append(_rows_and_positions(args, kwargs))
+        ahead = self._seen_ahead
+        seen = ahead.pop(layer.block) if layer.block in ahead else Observed()
+        self._stack.append(_Running(layer, seen, shape))
 
-    def _leave_block(self, layer: MoELayer) -> None:
+    def leave_block(self, layer: MoELayer) -> None:
+        """It has returned: what was seen of it is handed on."""
         if recomputing() or self._elsewhere() or not self._stack or self.current is None:
             return
-        seen, shape = self._stack.pop(), self._shapes.pop()
+        running = self._stack.pop()
+        seen, shape = running.seen, running.shape
         times = self.current.entered.get(id(layer.block), 0)
         self.current.entered[id(layer.block)] = times + 1
+        if error := self._refusing.pop(id(layer), None):
+            self._refuse(self.current, layer, error)
+            return
         if seen.expert_ids_TK is None or seen.weights_TK is None:
             self.current.problem(
                 f"{layer.info.path} ran, but its adapter ({layer.info.adapter}) saw no ids or "
@@ -299,27 +344,8 @@ class Capture:
                 "only whole calls can be recorded. Write an adapter that joins them (docs/hooks.md)"
             )
             return
+        if isinstance(self.current, CapturedForward):
+            self.current.blocks.append(Block(layer, times, shape, seen))
+            return
         with torch.inference_mode():
             self._fire(self.current, layer, times, shape, seen)
-
-
-def _untraced(hook: Callable[..., None]) -> Callable[..., None]:
-    """Keep torch.compile from tracing the hook: it breaks the graph here and calls it as it is."""
-    return torch.compiler.disable(hook)  # type: ignore[no-any-return,no-untyped-call]
-
-
-def _argument_names(model: nn.Module) -> list[str]:
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    while isinstance(
-        inner := getattr(model, "module", getattr(model, "_orig_mod", None)), nn.Module
-    ):
-        model = inner  # DistributedDataParallel, torch.compile
-    parameters = inspect.signature(model.forward).parameters.values()
-    return [p.name for p in parameters if p.kind in kinds]
-
-
-def _rows_and_positions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
-    """(first, second) size of a block's `[B, S, D]` input; None for `[T, D]`."""
-    tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-    first = next(tensors, None)
-    return (first.shape[0], first.shape[1]) if first is not None and first.ndim == 3 else None

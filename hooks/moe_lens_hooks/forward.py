@@ -13,14 +13,46 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moe_lens.trace.events import Forward, Ints, LayerCounts, LayerRows, SequenceRow, TokenRows
+from moe_lens.trace.events import Forward, Ints, LayerCounts, LayerRows, TokenRows
 from moe_lens.trace.meta import LayerInfo
 from moe_lens.trace.windows import spread
 from moe_lens_hooks.adapter import Observed
-from moe_lens_hooks.batch import Batch, StepContext
+from moe_lens_hooks.batch import Batch, Landed
+from moe_lens_hooks.following import Going
+from moe_lens_hooks.lineage import Line, Rows
 from moe_lens_hooks.reduce import Reduced, distinct_router_ids
+from moe_lens_hooks.said import StepContext
 from moe_lens_hooks.semantics import Semantics
 from moe_lens_hooks.staging import HostCopy
+
+_RESTARTS = (
+    "positions start again inside a row: its sequences are packed, and were recorded as one. Say "
+    "which they are: rec.step(sequences=...), or give the model their cumulative lengths"
+)
+_MISSED = (
+    "a CUDA graph was replayed, but not by torch.cuda.CUDAGraph.replay: what it routed is lost"
+)
+
+
+@dataclass
+class Replay:
+    """Which replay of a captured CUDA graph a forward is.
+
+    Attributes:
+        number: From 1, of those that Python saw.
+        counter: How many the device has counted.
+        missed: One list for all replays of the graph: how many nobody saw before.
+    """
+
+    number: int
+    counter: Tensor
+    missed: list[int]
+
+    def unseen(self, counted: int) -> int:
+        """Replays that nobody saw since the one before, given the counter on the host."""
+        unseen = counted - self.number - sum(self.missed)
+        self.missed.append(unseen)
+        return unseen
 
 
 @dataclass
@@ -51,6 +83,7 @@ class Pending:
             *(x.expert_ids_TK.shape, x.expert_ids_TK.dtype, x.weights_TK.dtype),
             *(None if x.logits_TE is None else (x.logits_TE.shape, x.logits_TE.dtype),),
             *(x.kept_TK is None, x.chosen_TK is None, x.present_T is None, x.choices is None),
+            x.received_E is None,
             *(distinct_router_ids(x), self.info.faithful, x.expert_ids_TK.device),
         )
 
@@ -73,15 +106,22 @@ class OpenForward:
     step: int
     forward: int
     phase: str
-    past: int = 0
-    """Positions in the cache when the forward began (its layers add to it as they run)."""
+    going: Going = field(default_factory=Going)
+    """How it goes on from the forwards before."""
+    rows: Rows | None = None
+    """The sequences of its rows; None where they are packed, or nothing was routed."""
+    lines: list[Line] | None = None
+    """The same, as its other streams know them."""
+    returned: Any = None
+    """What the root module returned, until `close`."""
     inputs: dict[str, Any] = field(default_factory=dict)
     """The root module's arguments by name, as far as they have one."""
     implicit: bool = False
     """No root module was entered: MoE blocks ran on their own, or routing was logged by hand."""
     counts_tokens: bool = True
     """False on a later stage of a pipeline: the first counted the same tokens."""
-    token_ids: Tensor | None = None
+    token_ids: dict[str, Tensor] = field(default_factory=dict)
+    """Vocabulary ids `[T]` by stream, if they are kept."""
     context: StepContext = field(default_factory=StepContext)
     batches: dict[str, Batch] = field(default_factory=dict)
     """By stream."""
@@ -100,6 +140,9 @@ class OpenForward:
     _t0: int = field(default_factory=time.perf_counter_ns)
     host_ns: int = 0
     row_bytes: int = 0
+    replay: Replay | None = None
+    """Of a CUDA graph, where this forward is one."""
+    pending_bytes: int = 0
     _copy: HostCopy | None = None
     _whole: Forward | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -110,9 +153,11 @@ class OpenForward:
     def close(self) -> None:
         """The forward is over: start the copies to the host."""
         self.host_ns = time.perf_counter_ns() - self._t0
-        self.inputs = {}  # the caller's tensors, cache and graph are not ours to keep
-        if self.token_ids is not None:
-            self.token_ids = self.token_ids.clone()  # the caller may refill its buffer
+        # the caller's tensors, cache and graph are not ours to keep
+        self.inputs, self.returned, self.rows = {}, None, None
+        self.going = Going()
+        # the caller may refill its buffers
+        self.token_ids = {stream: ids.clone() for stream, ids in self.token_ids.items()}
         self.row_bytes = sum(t.nbytes for x in self.layers for t in x.reduced.rows.values())
         self._copy = HostCopy(self._tensors())
 
@@ -123,20 +168,27 @@ class OpenForward:
         for x in self.layers:
             x.reduced.rows = {}
         for batch in self.batches.values():
-            batch.rows_N = batch.position_N = None
+            batch.drop_rows()
         self.row_bytes = 0
-        self._copy = HostCopy(self._tensors())
+        assert self._copy is not None
+        self._copy.keep(self._tensors())
 
     def _tensors(self) -> list[Tensor]:
         parts: list[Tensor] = []
         for b in self.batches.values():
-            parts += [b.tokens_G]
-            kept = (b.padding_T, b.rows_N, b.position_N, self.token_ids)
-            parts += [t for t in kept if t is not None]
+            parts += b.tensors()
+        parts += self.token_ids.values()
         for r in (x.reduced for x in self.layers):
             named = (r.counts, r.rows, r.problems, r.notes)
             parts += [t for numbers in named for t in numbers.values()]
+        if self.replay is not None:
+            parts.append(self.replay.counter)
         return parts
+
+    @property
+    def landed(self) -> Forward | None:
+        """The whole forward, once somebody has waited for its numbers."""
+        return self._whole
 
     def resolve(self) -> Forward:
         """Wait for the numbers and put them together (the same object at every call)."""
@@ -144,7 +196,7 @@ class OpenForward:
             if self._whole is None:
                 assert self._copy is not None
                 self._whole = self._assemble(self._copy.arrays())
-                self._copy, self.layers, self.token_ids = None, [], None
+                self._copy, self.layers, self.token_ids = None, [], {}
             return self._whole
 
     def _assemble(self, arrays: list[NDArray[Any]]) -> Forward:
@@ -166,48 +218,55 @@ class OpenForward:
             problems=self.problems,
             lost_rows=self.lost_rows,
         )
-        of_batch = {s: self._add_batch(whole, s, b, landed) for s, b in self.batches.items()}
+        on_host = {stream: b.land(landed) for stream, b in self.batches.items()}
+        ids = {stream: next(landed) for stream in self.token_ids}
+        for stream, batch in on_host.items():
+            self._add_batch(whole, stream, self.batches[stream], batch, ids.get(stream))
         for x in self.layers:
             r = x.reduced
             numbers = (r.counts, r.rows, r.problems, r.notes)
             named = [{name: next(landed) for name in part} for part in numbers]
             at_G = np.array([tags.index(t) for t in self.batches[x.stream].tags])
-            for counts in _layer_counts(x, *of_batch[x.stream], *named):
+            batch = on_host[x.stream]
+            for counts in _layer_counts(x, batch.tokens_G, batch.token_N, *named):
                 spread(counts, at_G, len(tags))
                 whole.layers.append(counts)
+        if self.replay is not None and (missed := self.replay.unseen(int(next(landed)))):
+            self.problem(_MISSED, missed)
+        restarts = sum(b.restarts for b in on_host.values())
+        if restarts and whole.layers:
+            whole.layers[0].notes[_RESTARTS] = restarts
         return whole
 
     def _add_batch(
-        self, whole: Forward, stream: str, batch: Batch, landed: Iterator[NDArray[Any]]
-    ) -> tuple[Ints, NDArray[np.int64] | None]:
-        """Add a stream's tokens and sequences; its valid tokens by tag, and its sampled tokens."""
-        at = [whole.tags.index(t) for t in batch.tags]
-        tokens_G = next(landed)
-        padding_T = None if batch.padding_T is None else next(landed)
-        rows_N = None if batch.rows_N is None else next(landed)
-        position_N = None if batch.position_N is None else next(landed)
-        ids_T = None if self.token_ids is None else next(landed).reshape(-1)
+        self,
+        whole: Forward,
+        stream: str,
+        batch: Batch,
+        landed: Landed,
+        ids_T: NDArray[Any] | None,
+    ) -> None:
+        """Add a stream's tokens and sequences."""
+        at = np.array([whole.tags.index(t) for t in batch.tags], np.int32)
         if self.counts_tokens:
-            whole.tokens_G[at] += tokens_G
-            whole.sequences_G[at] += batch.sequences_G
-            whole.padding_tokens += batch.size - int(tokens_G.sum())
-        for number, tag, said, row in batch.first_seen:
-            keys = {k: None if row >= len(v) else str(v[row]) for k, v in self.context.keys.items()}
-            request = None if said is None else str(said)
-            whole.sequences.append(SequenceRow(number, batch.tags[tag], request, keys))
-        if rows_N is not None and position_N is not None:
-            known = ids_T is not None and len(ids_T) == batch.size
-            rows = TokenRows(
-                stream=stream,
-                token_N=rows_N.astype(np.int32),
-                sequence_N=batch.sequence_T[rows_N],
-                position_N=position_N.astype(np.int32),
-                padding_N=np.zeros(len(rows_N), bool) if padding_T is None else padding_T[rows_N],
-                tag_N=np.array(at, np.int32)[batch.tag_T[rows_N]],
-                token_id_N=ids_T[rows_N].astype(np.int32) if known and ids_T is not None else None,
-            )
-            whole.tokens.append(rows)
-        return tokens_G, rows_N
+            whole.tokens_G[at] += landed.tokens_G
+            whole.sequences_G[at] += landed.sequences_G
+            whole.padding_tokens += batch.size - int(landed.tokens_G.sum())
+        whole.sequences += landed.begin
+        token_N, padding_T = landed.token_N, landed.padding_T
+        if token_N is None or landed.position_N is None:
+            return
+        known = ids_T is not None and len(ids_T) == batch.size
+        rows = TokenRows(
+            stream=stream,
+            token_N=token_N.astype(np.int32),
+            sequence_N=landed.sequence_T[token_N],
+            position_N=landed.position_N.astype(np.int32),
+            padding_N=np.zeros(len(token_N), bool) if padding_T is None else padding_T[token_N],
+            tag_N=at[landed.tag_T[token_N]],
+            token_id_N=ids_T[token_N].astype(np.int32) if known and ids_T is not None else None,
+        )
+        whole.tokens.append(rows)
 
 
 def _layer_counts(

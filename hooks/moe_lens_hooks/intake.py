@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,10 +14,15 @@ from torch import Tensor, nn
 from moe_lens.trace.meta import LayerInfo, Meta
 from moe_lens.trace.schema import MAX_TAGS, OTHER
 from moe_lens_hooks.adapter import MoELayer, Observed
-from moe_lens_hooks.batch import Batch, Describer, StepContext, padding_from_mask
+from moe_lens_hooks.batch import Batch
+from moe_lens_hooks.describe import Describer, Given
+from moe_lens_hooks.following import Following, Going
 from moe_lens_hooks.forward import OpenForward, Pending, Seen
-from moe_lens_hooks.inputs import batch_shape, cached_positions, phase_of
+from moe_lens_hooks.inputs import batch_shape, packed_lengths, token_ids
+from moe_lens_hooks.lineage import Line, Routed, StagedOutcomes
+from moe_lens_hooks.masks import padding_from_mask
 from moe_lens_hooks.reduce import reduce
+from moe_lens_hooks.said import StepContext, last_positions
 from moe_lens_hooks.sampling import Sampling
 from moe_lens_hooks.semantics import Semantics, learn
 
@@ -34,7 +39,7 @@ class Intake:
     """Numbers the layers in the order in which they run, and takes what is seen of them.
 
     Args:
-        model: For the phase: training or not.
+        models: The recorded root modules.
         sampling: Whose per-token rows are kept.
         layout: How the model flattens.
         first_sequence: Number of the first sequence.
@@ -43,13 +48,14 @@ class Intake:
         first_layer: Number of the first layer.
         counts_tokens: False on a later stage of a pipeline.
         keep_logits, keep_token_ids: Of sampled tokens.
+        put: Takes what became of tokens.
         edit: Changes the meta file.
         warn: Tells the user.
     """
 
     def __init__(
         self,
-        model: nn.Module | None,
+        models: Sequence[nn.Module],
         sampling: Sampling,
         layout: str,
         first_sequence: int,
@@ -60,14 +66,18 @@ class Intake:
         counts_tokens: bool = True,
         keep_logits: bool,
         keep_token_ids: bool,
+        put: Callable[[StagedOutcomes], None],
         edit: Callable[[Callable[[Meta], None]], None],
         warn: Callable[[str], None],
     ) -> None:
         self.infos: dict[Key, LayerInfo] = {}
-        self._model = model
+        self._models = models
         self._sampling = sampling
         self._layout = layout
         self._describer = Describer(self._admit, layout, first_sequence)
+        self._following = Following(models, self._describer.fork, put)
+        self._encoded: list[Line] | None = None
+        """Sequences that an encoder read last: a decoder may go on with them."""
         self._tags = list(tags)
         self._layers = {x.layer: x for x in layers}
         self._numbers = {x.path: x.layer for x in layers}
@@ -86,17 +96,17 @@ class Intake:
         implicit: bool,
     ) -> OpenForward:
         """A forward begins; see `OpenForward`."""
-        ids = inputs.get("input_ids", inputs.get("tokens")) if self._keep_token_ids else None
+        going = self._following.begin(inputs)
         return OpenForward(
             step=step,
             forward=number,
-            phase=context.phase or phase_of(self._model, inputs),
+            phase=context.phase or self._phase(going),
             context=context,
             inputs=inputs,
-            past=cached_positions(inputs),
+            going=going,
             implicit=implicit,
             counts_tokens=self._counts_tokens,
-            token_ids=ids if isinstance(ids, Tensor) else None,
+            token_ids=token_ids(inputs, self._layout) if self._keep_token_ids else {},
             sampled=self._sampling.share > 0 and step % self._sampling.every == 0,
         )
 
@@ -165,15 +175,25 @@ class Intake:
             return
         forward.seen += 1
         forward.pending.append(Pending(self.infos[key], seen, meaning))
-        if sum(p.nbytes for p in forward.pending) > PENDING_BYTES:
+        forward.pending_bytes += forward.pending[-1].nbytes
+        if forward.pending_bytes > PENDING_BYTES:
             self.reduce(forward)
+
+    def over(self, forward: OpenForward) -> None:
+        """A forward has returned."""
+        self.reduce(forward)
+        self._following.over(forward.rows, forward.returned)
+
+    def detach(self) -> None:
+        """Follow caches and generations no longer."""
+        self._following.close()
 
     def reduce(self, forward: OpenForward) -> None:
         """Turn what is pending of a forward into counts, layers of one kind together."""
         kinds: dict[tuple[Any, ...], list[Pending]] = {}
         for p in forward.pending:
             kinds.setdefault(p.kind, []).append(p)
-        forward.pending = []
+        forward.pending, forward.pending_bytes = [], 0
         for group in kinds.values():
             info, first = group[0].info, group[0].observed
             assert first.expert_ids_TK is not None
@@ -210,29 +230,60 @@ class Intake:
         infos = [self._layers[i] for i in sorted(self._layers)]
         self._edit(lambda meta: setattr(meta, "layers", infos))
 
+    def _phase(self, going: Going) -> str:
+        """train; or prefill and decode, in a generation or with a cache; else eval."""
+        if going.phase is not None:
+            return going.phase
+        if any(m.training for m in self._models):
+            return "train"
+        if going.cache is None:
+            return "eval"
+        return "decode" if going.cached else "prefill"
+
     def _describe(
         self, forward: OpenForward, stream: str, shape: tuple[int, int] | None, seen: Observed
     ) -> Batch:
         ids = _not_none(seen.expert_ids_TK)
         tokens = len(ids) if seen.token_T is None else None
         B, S = batch_shape(forward.inputs, stream, shape, tokens, self._layout)
-        decoder = stream == "decoder"
-        mask = forward.inputs.get("decoder_attention_mask" if decoder else "attention_mask")
-        positions = forward.inputs.get("position_ids")
+        leads = stream in ("main", "decoder")  # the others go on with the same sequences
+        going = forward.going if leads else Going(past=_past_of(forward, stream))
+        mask = forward.inputs.get(
+            f"{stream}_attention_mask" if stream == "decoder" else "attention_mask"
+        )
+        if self._layout == "sb" and isinstance(mask, Tensor) and mask.dtype == torch.bool:
+            mask = ~mask if mask.ndim == 4 else mask  # Megatron's is True where nothing attends
+        positions = forward.inputs.get(
+            "decoder_position_ids" if stream == "decoder" else "position_ids"
+        )
+        carried = forward.lines
+        if stream == "decoder" and forward.inputs.get("encoder_outputs") is not None:
+            carried = self._encoded
+        given = Given(
+            padding=padding_from_mask(mask, B, S, going.past if going.start is None else None),
+            mask=mask,
+            positions=positions if isinstance(positions, Tensor) else None,
+            lengths=packed_lengths(forward.inputs, stream),
+            carried=carried,
+        )
 
         def keeps(sequences: NDArray[np.int64]) -> NDArray[np.bool_]:
             return self._sampling.keeps(forward.step, sequences)
 
-        return self._describer.describe(
-            (B, S),
-            forward.context,
-            padding=padding_from_mask(mask, B, S),
-            positions=positions if isinstance(positions, Tensor) else None,
-            past=0 if stream == "encoder" else forward.past,
-            continues=forward.past > 0 or bool(forward.batches),
-            keeps=keeps,
-            device=ids.device,
-        )
+        mtp = stream.startswith("mtp")
+        context = last_positions(forward.context, S) if mtp else forward.context
+        batch, rows = self._describer.describe((B, S), context, given, going, keeps, ids.device)
+        if going.problem is not None:
+            forward.problem(going.problem)
+        if rows is not None:
+            forward.lines = rows.lines
+        if stream == "encoder":
+            self._encoded = forward.lines
+        if leads and rows is not None:
+            forward.rows = rows
+            self._following.goes_on(going, rows)
+            rows.add(_routed(forward, batch, going.again, self._layout))
+        return batch
 
     def _admit(self, tag: str) -> str:
         """The tag itself, or `other` once there are too many."""
@@ -250,14 +301,40 @@ class Intake:
         return tag
 
 
+def _past_of(forward: OpenForward, stream: str) -> int:
+    """Positions before a stream that has no cache of its own here."""
+    return forward.going.past if stream != "encoder" else 0
+
+
+def _routed(forward: OpenForward, batch: Batch, again: int, layout: str) -> Routed:
+    """What has to be remembered of a forward to say later what became of its tokens."""
+    B, S = batch.shape
+    owner_T, sequence_N = batch.owners.owner_T, None
+    if batch.token_N is not None and isinstance(owner_T, np.ndarray):
+        numbers_P = np.array([x.number for x in batch.owners.lines], np.int64)
+        sequence_N = numbers_P[owner_T[batch.token_N]]
+    return Routed(
+        step=forward.step,
+        forward=forward.forward,
+        shape=(B, max(0, S - again)),
+        again=min(again, S),
+        layout=layout,
+        token_N=batch.token_N,
+        sequence_N=sequence_N,
+        position_N=batch.position_N,
+        padding_T=batch.padding_T,
+    )
+
+
 def _not_none(x: Tensor | None) -> Tensor:
     assert x is not None
     return x
 
 
 def _fixed_k(info: LayerInfo, seen: Observed) -> int | None:
-    """Choices of every token; None where it is the router's to say how many."""
-    return None if seen.chosen_TK is not None else _not_none(seen.expert_ids_TK).shape[1]
+    """Choices of every token that is routed; None where it is the router's to say how many."""
+    dynamic = seen.chosen_TK is not None and info.top_k is None
+    return None if dynamic else _not_none(seen.expert_ids_TK).shape[1]
 
 
 def _misshapen(info: LayerInfo, seen: Observed) -> str | None:

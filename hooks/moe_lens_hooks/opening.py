@@ -7,16 +7,20 @@ import platform
 import sys
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from moe_lens.errors import TraceError, TraceWriteError
 from moe_lens.trace import layout
 from moe_lens.trace.lock import RankLock
 from moe_lens.trace.meta import Attempt, Meta, read_meta
 from moe_lens.trace.recover import next_value, recover_rank
+from moe_lens.trace.schema import TABLES
 
 
 @dataclass
@@ -28,6 +32,30 @@ class Opened:
     next_step: int = 0
     next_window: int = 0
     next_sequence: int = 0
+
+
+def check_options(keys: Sequence[str], weights: str, layout: str, **reactions: str) -> None:
+    """Refuse options of `record` that it does not know.
+
+    Args:
+        keys: Names for the user's columns of `sequences`.
+        weights: "bf16" or "exact".
+        layout: "bs" or "sb".
+        reactions: "raise" or "warn", by name.
+
+    Raises:
+        ValueError: One of them is something else, or a key is a column already.
+    """
+    taken = set(keys) & {"run", "rank", *TABLES["sequences"].schema.names}
+    if taken:
+        raise ValueError(f"keys {sorted(taken)} are columns of moe_lens; choose other names.")
+    if weights not in ("bf16", "exact"):
+        raise ValueError(f'{weights=} must be "bf16" or "exact"')
+    if layout not in ("bs", "sb"):
+        raise ValueError(f'{layout=} must be "bs" or "sb"')
+    for name, value in reactions.items():
+        if value not in ("raise", "warn"):
+            raise ValueError(f'{name}={value!r} must be "raise" or "warn"')
 
 
 def open_for_writing(run: Path, fresh: Meta, *, resume: bool) -> Opened:
@@ -89,6 +117,24 @@ def _occupied(run: Path, fresh: Meta) -> bool:
     if fresh.world == 1 or fresh.rank in others or not (others or (run / "_open").is_dir()):
         return True
     return any(read_meta(layout.meta_path(run, r)).run_id != fresh.run_id for r in others)
+
+
+def root_modules(model: object) -> list[nn.Module]:
+    """What is recorded: the model, or its chunks, as a list; empty for None.
+
+    Raises:
+        TypeError: Something is not a torch module.
+    """
+    given: list[Any] = list(model) if isinstance(model, list | tuple) else [model]
+    given = [] if model is None else given
+    wrong = [m for m in given if not isinstance(m, nn.Module)]
+    if wrong or (not given and model is not None):
+        got = f"{type(wrong[0]).__name__} {wrong[0]!r}" if wrong else "an empty list"
+        raise TypeError(
+            f"record(model, …) takes a torch.nn.Module, a list of them, or None; got {got:.80}. "
+            "Load the model first."
+        )
+    return given
 
 
 def rank_and_world() -> tuple[int, int]:

@@ -9,6 +9,7 @@ import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -17,20 +18,31 @@ import torch
 from torch import Tensor, nn
 
 from moe_lens.errors import CaptureBreach, MoeLensError, TraceWriteError
-from moe_lens.trace.events import StepEnd
+from moe_lens.trace.events import Staged, StepEnd
 from moe_lens.trace.meta import Attempt, LayerInfo, Meta
-from moe_lens.trace.schema import TABLES
 from moe_lens.trace.writer import TraceWriter
 from moe_lens_hooks.adapter import Adapter, Observed
 from moe_lens_hooks.adapters import all_adapters
-from moe_lens_hooks.batch import StepContext
-from moe_lens_hooks.capture import Capture, find_layers
+from moe_lens_hooks.adapters.fallback import unseen
+from moe_lens_hooks.attach import attach
+from moe_lens_hooks.capture import Capture
+from moe_lens_hooks.finding import edited, find_layers, named_modules
 from moe_lens_hooks.forward import OpenForward
 from moe_lens_hooks.intake import Intake
 from moe_lens_hooks.losses import StagedLosses
-from moe_lens_hooks.opening import open_for_writing, rank_and_world, run_id, versions
+from moe_lens_hooks.numbering import Numbering
+from moe_lens_hooks.opening import (
+    check_options,
+    open_for_writing,
+    rank_and_world,
+    root_modules,
+    run_id,
+    versions,
+)
+from moe_lens_hooks.parts import open_forwards_at, parts_of
+from moe_lens_hooks.said import StepContext, said
 from moe_lens_hooks.sampling import Sampling, as_sampling
-from moe_lens_hooks.scalars import scalars_of
+from moe_lens_hooks.scalars import StepTotals
 from moe_lens_hooks.watch import Watch
 
 REMEDY = (
@@ -104,17 +116,15 @@ class Recorder:
     ) -> None:
         self.path = Path(path)
         self._layout = layout
-        taken = set(keys) & set(TABLES["sequences"].schema.names)
-        if taken or weights not in ("bf16", "exact"):
-            what = f"keys {sorted(taken)} are columns of moe_lens" if taken else f"{weights=}"
-            raise ValueError(f'{what}; choose other names, or weights="bf16" or "exact".')
-        for name, value in (("on_breach", on_breach), ("on_write_error", on_write_error)):
-            if value not in ("raise", "warn"):
-                raise ValueError(f'{name}={value!r} must be "raise" or "warn"')
-        if layout not in ("bs", "sb"):
-            raise ValueError(f'layout={layout!r} must be "bs" or "sb"')
-        models = _models(model)
+        check_options(keys, weights, layout, on_breach=on_breach, on_write_error=on_write_error)
+        models = root_modules(model)
         layers = find_layers(models, [*adapters, *all_adapters()]) if models else []
+        if other := next((x for x in layers if x.layout not in (None, layout)), None):
+            raise ValueError(
+                f"{type(other.block).__name__} ({other.info.adapter}) flattens its batch as "
+                f'"{other.layout}", not "{layout}": pass record(..., layout="{other.layout}"), or '
+                "tokens would be counted for other sequences than theirs."
+            )
         own_rank, own_world = rank_and_world()
         world = own_world if world is None else world
         meta = Meta(
@@ -136,6 +146,9 @@ class Recorder:
             self._capture = Capture(
                 models, layers, self._begin, lambda *seen: self._intake.fire(*seen), self._end
             )
+            attach(self._capture, models, layers)
+            if len(models) == 1:
+                open_forwards_at(parts_of(models[0], layers), self._capture)
         except BaseException:
             self._lock.release()
             raise
@@ -148,16 +161,15 @@ class Recorder:
             self._lock.release()
             raise TraceWriteError(f"cannot write the trace {self.path}: {e}") from e
         self._layers = layers
+        self._edited = partial(edited, models, layers, [*adapters, *all_adapters()])
         self._context: StepContext | None = None
-        self._next_step, self._resumed = opened.next_step, opened.next_step > 0
-        self._forward = 0
+        self._numbering = Numbering(opened.next_step, resumed=opened.next_step > 0)
         self._forwards = 0
-        self._of_step: list[OpenForward] = []
-        self._last_step: list[OpenForward] = []
+        self._of_step, self._last_step = StepTotals(), StepTotals()
         self._closed = False
-        self._watch = Watch(self._writer, on_breach, on_write_error, self._capture.detach)
+        self._watch = Watch(self._writer, on_breach, on_write_error, self._detach)
         self._intake = Intake(
-            models[0] if models else None,
+            models,
             as_sampling(tokens),
             layout,
             opened.next_sequence,
@@ -167,9 +179,12 @@ class Recorder:
             counts_tokens=meta.coordinates.get("pp", 0) == 0,
             keep_logits=logits,
             keep_token_ids=token_ids,
+            put=self._put,
             edit=self._writer.edit,
             warn=self._watch.warn,
         )
+        for text in unseen(named_modules(models), layers):
+            self._watch.warn(text)
         _live.add(self)
         atexit.register(self._at_exit)
 
@@ -200,9 +215,11 @@ class Recorder:
                 attention mask that the model is given.
             phase: "train", "eval", "prefill", "decode" or a name of your own. Unsaid: from
                 `model.training` and the cache.
-            keys: Values `[B]` of the key columns that `record(keys=...)` declared.
-            number: Number of the step, where the caller counts; must grow. After `resume` the
-                first may go back, which supersedes what was recorded from there on.
+            keys: Values, one or `[B]`, of the key columns that `record(keys=...)` declared.
+            number: Number of the step, where the caller counts; must grow, or be the last once
+                more: these are further forwards of it, then (an evaluation after a training step),
+                and so are those outside of any step. After `resume` the first may go back, which
+                supersedes what was recorded from there on.
 
         Raises:
             CaptureBreach, TraceWriteError: At its end; see `on_breach` and `on_write_error`.
@@ -212,23 +229,15 @@ class Recorder:
         if self._context is not None:
             raise CaptureBreach("rec.step inside rec.step: end the first one before the next.")
         self._capture.end_implicit()
-        if number is not None:
-            if number < self._next_step and not self._resumed:
-                raise ValueError(f"step number {number} must be at least {self._next_step}")
-            self._next_step = number
-        if unknown := set(keys or ()) - set(self._writer.meta.keys):
-            raise ValueError(
-                f"keys {sorted(unknown)} were not declared; declare them: record(..., keys=[...])"
-            )
-        given = {name: list(values) for name, values in (keys or {}).items()}
-        self._context = StepContext(tags, sequences, padding, phase, given)
-        self._of_step, self._forward = [], 0
+        given = said(tags, sequences, padding, phase, keys, self._writer.meta.keys)
+        self._numbering.begin(number)
+        self._context, self._of_step = given, StepTotals()
         try:
             yield
         except BaseException:
             self._end_step()
             raise
-        ran = bool(self._of_step) or self._capture.current is not None
+        ran = len(self._of_step) > 0 or self._capture.current is not None
         self._end_step()
         if not ran and self._forwards == 0 and not self._closed and not self._writer.failed:
             self._watch.breach(
@@ -255,7 +264,9 @@ class Recorder:
         stream = "decoder" if "decoder" in last.batches else next(iter(last.batches), None)
         if stream is None:
             raise CaptureBreach("rec.loss: the last forward routed nothing that could be recorded")
-        self._writer.put(StagedLosses(loss, last.batches[stream], self._layout))
+        self._writer.put(
+            StagedLosses(loss, last.batches[stream], self._layout, last.step, last.forward)
+        )
 
     def log(
         self,
@@ -336,7 +347,7 @@ class Recorder:
 
         Waits for the step's numbers, where they are still on a device.
         """
-        return scalars_of(f.resolve() for f in self._last_step)
+        return self._last_step.scalars()
 
     def close(self, error: BaseException | None = None) -> None:
         """Detach from the model, write everything, seal the trace. A second call does nothing.
@@ -353,9 +364,11 @@ class Recorder:
             return
         self._context = self._context or StepContext()  # what ends now raises below, when sealed
         self._end_step()
-        self._capture.detach()
+        self._detach()
         self._closed = True
         never = [x.info.path for x in self._layers if x.block not in self._capture.entered]
+        for text in self._edited() if error is None else ():
+            self._watch.breach(text)
         atexit.unregister(self._at_exit)
         if not self._forwards and error is None and not self._writer.failed:
             self._watch.breach(f"nothing was recorded into {self.path}. {REMEDY}")
@@ -387,28 +400,34 @@ class Recorder:
 
     def _begin(self, inputs: dict[str, Any], implicit: bool) -> OpenForward:
         if self._context is None:
-            self._of_step, self._forward = [], 0
+            self._of_step = StepTotals()
+            self._numbering.outside()
         context = self._context or StepContext()
-        forward = self._intake.begin(self._next_step, self._forward, context, inputs, implicit)
-        self._forward += 1
-        return forward
+        number = self._numbering.take()
+        return self._intake.begin(self._numbering.step, number, context, inputs, implicit)
 
     def _end(self, forward: OpenForward) -> None:
         self._forwards += 1
-        if not forward.expected:
+        blind = self._capture.blind
+        if blind and not forward.problems:
+            forward.problem(blind)
+        elif not forward.expected and not blind:
             forward.problem(
                 f"the model ran, but none of its {len(self._layers)} MoE blocks was entered. "
                 + REMEDY
             )
+        for text in self._capture.take_left_out() if not blind else ():
+            self._watch.warn(text)
         with torch.inference_mode():
-            self._intake.reduce(forward)
+            self._intake.over(forward)
         forward.close()
-        self._of_step.append(forward)
-        if self._writer.failed is None:
-            self._writer.put(forward)
+        self._of_step.add(forward)
+        self._put(forward)
         for text, n in forward.problems.items():
             times = f" ({n})" if n > 1 else ""
-            self._watch.breach(f"step {forward.step}, forward {forward.forward}: {text}{times}")
+            where = f"step {forward.step}, forward {forward.forward}"
+            refused = text == blind or text in self._capture.refused
+            self._watch.breach(f"{where}: {text}{times}", refused=refused)
         if self._context is None:
             self._end_step()
             self._watch.check()
@@ -418,19 +437,25 @@ class Recorder:
     def _end_step(self) -> None:
         self._capture.end_implicit()
         self._capture.abandon()
-        self._context = None
-        self._last_step, self._of_step = self._of_step, []
-        if self._last_step:
-            self._resumed = False
-            if not self._writer.failed:
-                self._writer.put(StepEnd(self._next_step))
-            self._next_step += 1
+        inside, self._context = self._context is not None, None
+        self._last_step, self._of_step = self._of_step, StepTotals()
+        if len(self._last_step):
+            self._put(StepEnd(self._numbering.step))
+            self._numbering.end(inside=inside)
+
+    def _put(self, event: Staged) -> None:
+        if self._writer.failed is None and not self._closed:
+            self._writer.put(event)
+
+    def _detach(self) -> None:
+        self._capture.detach()
+        self._intake.detach()
 
     def _last_forward(self) -> OpenForward:
-        last = self._of_step or self._last_step
-        if not last:
+        last = self._of_step.last or self._last_step.last
+        if last is None:
             raise CaptureBreach("rec.loss before any recorded forward: call it after the model ran")
-        return last[-1]
+        return last
 
     def _mark_end(self, never: list[str], error: BaseException | None) -> None:
         if self._capture.aborted:
@@ -455,7 +480,7 @@ class Recorder:
     def _forget(self) -> None:
         """In a forked child: the writer's thread is not here, and the trace is the parent's."""
         self._closed = True
-        self._capture.detach()
+        self._detach()
         atexit.unregister(self._at_exit)
 
 
@@ -465,24 +490,6 @@ def _forget_all() -> None:
 
 
 os.register_at_fork(after_in_child=_forget_all)
-
-
-def _models(model: object) -> list[nn.Module]:
-    """The root modules.
-
-    Raises:
-        TypeError: Something is not a torch module.
-    """
-    given: list[Any] = list(model) if isinstance(model, list | tuple) else [model]
-    given = [] if model is None else given
-    wrong = [m for m in given if not isinstance(m, nn.Module)]
-    if wrong or (not given and model is not None):
-        got = f"{type(wrong[0]).__name__} {wrong[0]!r}" if wrong else "an empty list"
-        raise TypeError(
-            f"record(model, …) takes a torch.nn.Module, a list of them, or None; got {got:.80}. "
-            "Load the model first."
-        )
-    return given
 
 
 record = Recorder

@@ -11,16 +11,11 @@ import math
 import random
 from collections import defaultdict
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from moe_lens.trace.events import Forward, LayerCounts, LayerRows, Losses, SequenceRow, TokenRows
-from moe_lens.trace.meta import Attempt, LayerInfo, Meta
-from moe_lens.trace.reader import open_run
 
 Row = dict[str, Any]
 Key = tuple[Any, ...]
@@ -222,7 +217,7 @@ def event(f: Seen, *, known: set[int] | None = None) -> Forward:
                 known.add(s)
                 keys = {"prompt": f"p{s}"} if s % 2 else {}
                 request = f"req-{s}" if s % 3 else None
-                out.sequences.append(SequenceRow(s, f.tag_of(s), request, keys))
+                out.sequences.append(SequenceRow(s, f.tag_of(s), request, None, keys))
     return out
 
 
@@ -235,7 +230,7 @@ def losses_event(f: Seen) -> Losses:
     sequence_N = np.array([s for s, _, _ in f.losses], np.int64)
     loss_N = np.array([x for _, _, x in f.losses], np.float32)
     position_N = _i32([p for _, p, _ in f.losses])
-    return Losses(list(f.tags), sums, given_G, sequence_N, position_N, loss_N)
+    return Losses(f.step, f.forward, list(f.tags), sums, given_G, sequence_N, position_N, loss_N)
 
 
 def _by_tag(f: Seen, tags: list[str]) -> np.ndarray:
@@ -311,10 +306,8 @@ def _layer_rows(r: Router, choices: list[Choice], kept: list[int]) -> LayerRows:
     front = [(r.top_k - len(c.experts)) * (i % 2) for i, c in zip(kept, rows, strict=True)]
 
     def padded(values: list[list[Any]], blank: Any) -> list[list[Any]]:
-        return [
-            ([blank] * f + v + [blank] * r.top_k)[: r.top_k]
-            for f, v in zip(front, values, strict=True)
-        ]
+        pairs = zip(front, values, strict=True)
+        return [([blank] * f + v + [blank] * r.top_k)[: r.top_k] for f, v in pairs]
 
     ids_NK = _i32(padded([c.experts for c in rows], 0))
     weights_NK = np.array(padded([c.weights for c in rows], 0.0), np.float32)
@@ -357,8 +350,8 @@ def tally(entries: list[tuple[int, Seen]]) -> dict[str, dict[Key, Row]]:
         _tally_step(out["steps"], window, f)
         _tally_tokens(out, f, known)
         for s, p, loss in f.losses or []:
-            names = "attempt sequence position kept loss"
-            out["outcomes"][s, p] = _row(names, 0, s, p, None, loss)
+            names = "attempt step forward sequence position kept loss"
+            out["outcomes"][s, p] = _row(names, 0, f.step, f.forward, s, p, None, loss)
     return out
 
 
@@ -459,7 +452,7 @@ def _tally_tokens(out: dict[str, dict[Key, Row]], f: Seen, known: set[int]) -> N
         if (s := t.sequence) not in known:
             known.add(s)
             request, prompt = f"req-{s}" if s % 3 else None, f"p{s}" if s % 2 else None
-            row = _row("sequence tag request prompt", s, t.tag, request, prompt)
+            row = _row("sequence tag request parent prompt", s, t.tag, request, None, prompt)
             out["sequences"][(s,)] = at | row
         for r, choices in f.layers:
             c = choices[i]
@@ -474,37 +467,3 @@ def _tally_tokens(out: dict[str, dict[Key, Row]], f: Seen, known: set[int]) -> N
             if r.logits:
                 logits = c.logits or [math.nan] * r.experts
                 out["logits"][key] = at | _row("layer token logits", r.layer, i, logits)
-
-
-# ---- reading back --------------------------------------------------------------------------------
-
-
-def new_meta(**changes: Any) -> Meta:
-    """Meta of a recording that has just begun."""
-    layers = [LayerInfo(0, "model.layers.0.mlp", 8, 2)]
-    return Meta(
-        **{"run_id": "run-0", "layers": layers, "attempts": [Attempt(0, START_NS)]} | changes
-    )
-
-
-def read_table(run: Path, name: str, rank: int = 0) -> pa.Table | None:
-    """Sealed rows and open ones, straight from pyarrow; None without a file."""
-    files = open_run(run)
-    parts = [pq.read_table(p) for p in files.segments.get(name, {}).get(rank, [])]
-    if name in files.streams:
-        parts.append(files.streams[name][rank].replace_schema_metadata(None))
-    return pa.concat_tables([_plain(p) for p in parts]) if parts else None
-
-
-def read_rows(run: Path, name: str) -> list[Row]:
-    table = read_table(run, name)
-    return [] if table is None else table.to_pylist()
-
-
-def _plain(table: pa.Table) -> pa.Table:
-    """Without what differs between Parquet and Arrow: names of list items, nullability."""
-    fields = []
-    for f in table.schema:
-        list_ = pa.types.is_list(f.type)
-        fields.append(pa.field(f.name, pa.list_(f.type.value_type) if list_ else f.type))
-    return table.cast(pa.schema(fields))

@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_lens_hooks.adapter import Observed
-from moe_lens_hooks.batch import Describer, StepContext
+from moe_lens_hooks.describe import Describer, Given
+from moe_lens_hooks.following import Going
 from moe_lens_hooks.reduce import reduce
+from moe_lens_hooks.said import StepContext
 from moe_lens_hooks.semantics import learn
 
 E, K = 5, 2
@@ -20,16 +22,15 @@ E, K = 5, 2
 
 def describe(B, S, tags, padding):
     describer = Describer(lambda tag: tag)
-    return describer.describe(
+    batch, _ = describer.describe(
         (B, S),
         StepContext(tags=tags),
-        padding=padding,
-        positions=None,
-        past=0,
-        continues=False,
+        Given(padding=padding),
+        Going(),
         keeps=lambda sequences: np.ones(len(sequences), bool),
         device=torch.device("cpu"),
     )
+    return batch
 
 
 def reduced(seen, batch, meaning=None):
