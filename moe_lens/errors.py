@@ -31,6 +31,10 @@ class CaptureBreach(MoeLensError):
     """An invariant of the capture failed: routing was seen twice, in part, or not at all."""
 
 
+class SteeringError(MoeLensError):
+    """Routing cannot be forced: the decisions do not fit the model or its batch."""
+
+
 class QueryError(MoeLensError):
     """A SQL text or a stored question could not be run."""
 
