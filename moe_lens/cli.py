@@ -54,6 +54,7 @@ def root(
 
     \b
     moe-lens demo                             watch a small MoE language model learn
+    moe-lens record train.py                  record the MoE models of any script
     moe-lens report traces/run1               where its tokens went
     moe-lens query traces/run1 "from load"    ask anything in SQL
     """  # noqa: D301  (\b keeps the lines as they are)
