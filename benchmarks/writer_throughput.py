@@ -41,7 +41,7 @@ from moe_lens.trace.writer import TraceWriter
 from moe_lens_hooks.batch import Batch
 from moe_lens_hooks.lineage import Line
 from moe_lens_hooks.owners import owned_by_rows
-from moe_lens_hooks.reduce import _Tally
+from moe_lens_hooks.tally import Tally
 
 ROUTING = TABLES["routing"]
 
@@ -123,7 +123,7 @@ def counting(forward: Forward, rounds: int) -> dict[str, Pairs]:
     batch = Batch(
         (1, T), ["untagged"], None, False, tokens, owners, tag, None, None, None, None, None
     )
-    tally = _Tally(batch, E, TOGETHER)
+    tally = Tally(batch, E)
     parts = ids_LTK.split(TOGETHER)
     bare_ids = [x.ravel() for x in ids_LTK.numpy()]
 

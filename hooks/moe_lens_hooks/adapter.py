@@ -86,6 +86,12 @@ class Observed:
                 self.held[name] = (tensor, tensor._version)
 
     @property
+    def nbytes(self) -> int:
+        """Of the larger tensors."""
+        tensors = (self.expert_ids_TK, self.weights_TK, self.logits_TE)
+        return sum(t.nbytes for t in tensors if t is not None)
+
+    @property
     def changed(self) -> bool:
         """A tensor that is held was changed in place."""
         return any(v >= 0 and tensor._version != v for tensor, v in self.held.values())

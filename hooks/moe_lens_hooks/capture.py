@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakSet
 
@@ -18,9 +18,8 @@ from torch import nn
 from moe_lens.errors import CaptureBreach, NoMoELayers, UnsupportedRouter
 from moe_lens_hooks.adapter import MoELayer, Observed, Read
 from moe_lens_hooks.finding import DATA_PARALLEL
-from moe_lens_hooks.forward import OpenForward, recomputing
+from moe_lens_hooks.forward import Block, OpenForward, recomputing
 from moe_lens_hooks.graphs import (
-    Block,
     CapturedForward,
     captured_forward,
     unwatch_graphs,
@@ -32,8 +31,10 @@ _recorded: WeakSet[nn.Module] = WeakSet()
 
 Begin = Callable[[dict[str, Any], bool], OpenForward]
 """(the root's arguments by name, implicit) to the new forward."""
-Fire = Callable[[OpenForward, MoELayer, int, tuple[int, int] | None, Observed], None]
-"""(forward, layer, how often its block was entered before, its input's (B, S), what was seen)."""
+
+HELD_BYTES = 32 << 20
+"""Bytes of routing tensors that a forward may hold before they are reduced: many small layers are
+reduced at once, large ones as they come."""
 
 
 @dataclass(slots=True)
@@ -54,7 +55,7 @@ class Capture:
             order in which a token passes them; empty: there is only `implicit`.
         layers: Its MoE layers.
         begin: Makes the state of a new forward.
-        fire: Takes what one block was seen to do.
+        full: Takes a forward that runs and holds more than `HELD_BYTES`, to reduce its blocks.
         end: Takes a forward that is over.
     """
 
@@ -63,7 +64,7 @@ class Capture:
         models: Sequence[nn.Module],
         layers: list[MoELayer],
         begin: Begin,
-        fire: Fire,
+        full: Callable[[OpenForward], None],
         end: Callable[[OpenForward], None],
     ) -> None:
         taken = [x.info.path for x in layers if x.block in _recorded]
@@ -72,7 +73,7 @@ class Capture:
                 f"another recorder is attached to this model already ({taken[0]} and "
                 f"{len(taken) - 1} more). Close it first: each forward is recorded once."
             )
-        self._begin, self._fire, self._end = begin, fire, end
+        self._begin, self._full, self._end = begin, full, end
         self._layers = layers
         self._stack: list[_Running] = []
         self.contexts: list[AbstractContextManager[Any]] = []
@@ -282,7 +283,11 @@ class Capture:
 
     def _over(self, forward: OpenForward) -> None:
         if not isinstance(forward, CapturedForward):
-            self._end(forward)
+            try:
+                self._end(forward)
+            except ValueError:  # what the user said of it does not fit
+                self.aborted += 1
+                raise
         elif forward.implicit:
             refused = self._begin({}, True)
             refused.expected, refused.problems = forward.expected, forward.problems
@@ -301,10 +306,8 @@ class Capture:
         forward = self._begin(captured.inputs, False)
         forward.expected, forward.problems = captured.expected, dict(captured.problems)
         forward.replay = captured.last_replay()
-        for block in captured.blocks:
-            self.entered.add(block.layer.block)
-            with torch.inference_mode():
-                self._fire(forward, block.layer, block.times, block.shape, block.seen)
+        forward.blocks = list(captured.blocks)
+        self.entered.update(block.key[0] for block in captured.blocks)
         self._end(forward)
 
     def enter_block(self, layer: MoELayer, shape: tuple[int, int] | None) -> None:
@@ -344,8 +347,13 @@ class Capture:
                 "only whole calls can be recorded. Write an adapter that joins them (docs/hooks.md)"
             )
             return
-        if isinstance(self.current, CapturedForward):
-            self.current.blocks.append(Block(layer, times, shape, seen))
-            return
-        with torch.inference_mode():
-            self._fire(self.current, layer, times, shape, seen)
+        info = layer.info if times == 0 else replace(layer.info, path=f"{layer.info.path} #{times}")
+        self.add(Block((layer.block, times), info, layer.router, shape, seen))
+
+    def add(self, block: Block) -> None:
+        """A layer of the forward that is running was seen."""
+        forward = self.implicit()
+        forward.add(block)
+        if forward.held_bytes > HELD_BYTES and not isinstance(forward, CapturedForward):
+            with torch.inference_mode():
+                self._full(forward)

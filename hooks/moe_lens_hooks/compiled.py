@@ -29,6 +29,7 @@ from torch import Tensor
 
 from moe_lens_hooks.adapter import Observed, Read
 from moe_lens_hooks.inputs import cache_of, said_length
+from moe_lens_hooks.masks import one_mask
 
 _library = torch.library.Library("moe_lens", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
@@ -88,8 +89,8 @@ class RootPoint(Point):
 
     Args:
         names: Of its positional arguments.
-        enter: Called with its arguments by name. Floats, and what has more than two dimensions,
-            come as tensors of their shape without values; a cache as its length.
+        enter: Called with its arguments by name. Masks come whole; other floats, and what has more
+            than two dimensions, as tensors of their shape without values; a cache as its length.
         leave: Called when it has returned.
     """
 
@@ -107,6 +108,8 @@ class RootPoint(Point):
         tensors: list[Tensor] = []
         numbers: list[int] = []
         for name, value in given.items():
+            if "mask" in name:
+                value = one_mask(value)
             if value is cache and cache is not None:
                 length = said_length(cache)
                 if isinstance(length, Tensor):
@@ -116,7 +119,7 @@ class RootPoint(Point):
                     words.append(f"number {name}")
                     numbers.append(length)
             elif isinstance(value, Tensor):
-                if value.ndim <= 2 and ("mask" in name or not value.is_floating_point()):
+                if "mask" in name or (value.ndim <= 2 and not value.is_floating_point()):
                     words.append(f"tensor {name}")
                     tensors.append(value)
                 else:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_lens.trace.events import Forward, Ints, LayerCounts, LayerRows, TokenRows
 from moe_lens.trace.meta import LayerInfo
@@ -55,21 +55,35 @@ class Replay:
         return unseen
 
 
+Key = tuple[Any, int]
+"""What a layer is known by: its block (or its name in `rec.log`), and which call of it in a
+forward, since blocks may be shared."""
+
+
+@dataclass(slots=True)
+class Block:
+    """One MoE layer that ran in this forward.
+
+    Its tensors are the model's own, held until the forward is over: whatever can be done for all
+    layers at once then costs a fraction of what it costs between two layers of a model, which have
+    the processor's caches to themselves.
+    """
+
+    key: Key
+    info: LayerInfo
+    router: nn.Module | None
+    shape: tuple[int, int] | None
+    """(B, S) of the block's input `[B, S, D]`; None for `[T, D]`."""
+    seen: Observed
+
+
 @dataclass
 class Pending:
-    """One MoE layer that was seen in this forward and is not reduced yet.
-
-    Its tensors are the model's own, held until then.
-    """
+    """One MoE layer that was taken and is not reduced yet."""
 
     info: LayerInfo
     observed: Observed
     meaning: Semantics | None
-
-    @property
-    def nbytes(self) -> int:
-        x = self.observed
-        return sum(t.nbytes for t in (x.expert_ids_TK, x.weights_TK, x.logits_TE) if t is not None)
 
     @property
     def kind(self) -> tuple[Any, ...]:
@@ -125,6 +139,10 @@ class OpenForward:
     context: StepContext = field(default_factory=StepContext)
     batches: dict[str, Batch] = field(default_factory=dict)
     """By stream."""
+    blocks: list[Block] = field(default_factory=list)
+    """That ran and are not taken yet."""
+    held_bytes: int = 0
+    """Of routing tensors in them."""
     pending: list[Pending] = field(default_factory=list)
     layers: list[Seen] = field(default_factory=list)
     thread: int = field(default_factory=threading.get_ident)
@@ -142,10 +160,14 @@ class OpenForward:
     row_bytes: int = 0
     replay: Replay | None = None
     """Of a CUDA graph, where this forward is one."""
-    pending_bytes: int = 0
     _copy: HostCopy | None = None
     _whole: Forward | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, block: Block) -> None:
+        """A block has returned."""
+        self.blocks.append(block)
+        self.held_bytes += block.seen.nbytes
 
     def problem(self, text: str, n: int = 1) -> None:
         self.problems[text] = self.problems.get(text, 0) + n

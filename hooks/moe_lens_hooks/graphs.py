@@ -20,7 +20,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from moe_lens_hooks.adapter import MoELayer, Observed
 from moe_lens_hooks.compiled import CarriedCache
 from moe_lens_hooks.forward import OpenForward, Replay
 from moe_lens_hooks.inputs import cache_of, said_length
@@ -33,21 +32,10 @@ _captured: WeakKeyDictionary[Any, list[CapturedForward]] = WeakKeyDictionary()
 
 
 @dataclass
-class Block:
-    """An MoE block that ran while a graph was captured; see `Capture`'s `Fire`."""
-
-    layer: MoELayer
-    times: int
-    shape: tuple[int, int] | None
-    seen: Observed
-
-
-@dataclass
 class CapturedForward(OpenForward):
     """A forward that was captured: nothing was computed yet."""
 
     graph: Any = None
-    blocks: list[Block] = field(default_factory=list)
     again: Callable[[CapturedForward], None] | None = None
     """Called after each replay."""
     replays: int = 0

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from moe_lens.trace.meta import LayerInfo, Meta
 from moe_lens.trace.schema import MAX_TAGS, OTHER
-from moe_lens_hooks.adapter import MoELayer, Observed
+from moe_lens_hooks.adapter import Observed
 from moe_lens_hooks.batch import Batch
 from moe_lens_hooks.describe import Describer, Given
 from moe_lens_hooks.following import Following, Going
-from moe_lens_hooks.forward import OpenForward, Pending, Seen
+from moe_lens_hooks.forward import Block, Key, OpenForward, Pending, Seen
 from moe_lens_hooks.inputs import batch_shape, packed_lengths, token_ids
 from moe_lens_hooks.lineage import Line, Routed, StagedOutcomes
 from moe_lens_hooks.masks import padding_from_mask
@@ -25,14 +25,6 @@ from moe_lens_hooks.reduce import reduce
 from moe_lens_hooks.said import StepContext, last_positions
 from moe_lens_hooks.sampling import Sampling
 from moe_lens_hooks.semantics import Semantics, learn
-
-PENDING_BYTES = 32 << 20
-"""Bytes of routing tensors that a forward may hold before they are reduced: many small layers are
-reduced at once, large ones as they come."""
-
-Key = tuple[Any, int]
-"""What a layer is known by: its block (or its name in `rec.log`), and which call of it in a
-forward, since blocks may be shared."""
 
 
 class Intake:
@@ -110,32 +102,9 @@ class Intake:
             sampled=self._sampling.share > 0 and step % self._sampling.every == 0,
         )
 
-    def fire(
-        self,
-        forward: OpenForward,
-        layer: MoELayer,
-        times: int,
-        shape: tuple[int, int] | None,
-        seen: Observed,
-    ) -> None:
-        """A block of the model ran, `times` before in this forward."""
-        info = layer.info if times == 0 else replace(layer.info, path=f"{layer.info.path} #{times}")
-        self.take(forward, (layer.block, times), info, layer.router, shape, seen)
-
-    def take(
-        self,
-        forward: OpenForward,
-        key: Key,
-        info: LayerInfo,
-        router: nn.Module | None,
-        shape: tuple[int, int] | None,
-        seen: Observed,
-    ) -> None:
-        """Check, describe and reduce what was seen of one layer.
-
-        Raises:
-            ValueError: What the user said of the step does not fit the batch.
-        """
+    def _take(self, forward: OpenForward, block: Block) -> None:
+        """Check and describe what was seen of one layer."""
+        key, info, router, seen = block.key, block.info, block.router, block.seen
         ids = seen.expert_ids_TK
         assert ids is not None
         if wrong := _misshapen(self.infos.get(key, info), seen):
@@ -162,7 +131,7 @@ class Intake:
         meaning = self._meanings[known.layer]
         batch = forward.batches.get(info.stream)
         if batch is None:
-            batch = self._describe(forward, info.stream, shape, seen)
+            batch = self._describe(forward, info.stream, block.shape, seen)
             forward.batches[info.stream] = batch
         if seen.token_T is not None:
             seen = seen.laid_out(batch.size)
@@ -175,12 +144,13 @@ class Intake:
             return
         forward.seen += 1
         forward.pending.append(Pending(self.infos[key], seen, meaning))
-        forward.pending_bytes += forward.pending[-1].nbytes
-        if forward.pending_bytes > PENDING_BYTES:
-            self.reduce(forward)
 
     def over(self, forward: OpenForward) -> None:
-        """A forward has returned."""
+        """A forward has returned.
+
+        Raises:
+            ValueError: What the user said of the step does not fit the batch.
+        """
         self.reduce(forward)
         self._following.over(forward.rows, forward.returned)
 
@@ -189,11 +159,18 @@ class Intake:
         self._following.close()
 
     def reduce(self, forward: OpenForward) -> None:
-        """Turn what is pending of a forward into counts, layers of one kind together."""
+        """Turn the blocks of a forward into counts, layers of one kind together.
+
+        Raises:
+            ValueError: What the user said of the step does not fit the batch.
+        """
+        blocks, forward.blocks, forward.held_bytes = forward.blocks, [], 0
+        for block in blocks:
+            self._take(forward, block)
         kinds: dict[tuple[Any, ...], list[Pending]] = {}
         for p in forward.pending:
             kinds.setdefault(p.kind, []).append(p)
-        forward.pending, forward.pending_bytes = [], 0
+        forward.pending = []
         for group in kinds.values():
             info, first = group[0].info, group[0].observed
             assert first.expert_ids_TK is not None

@@ -28,9 +28,7 @@ def padding_from_mask(mask: Any, batch: int, length: int, past: int | None = Non
         length: S.
         past: Keys before this forward's; None: all that there are more than S.
     """
-    if isinstance(mask, dict):
-        kinds = [mask.get("full_attention"), *mask.values()]
-        mask = next((m for m in kinds if isinstance(m, Tensor)), None)
+    mask = one_mask(mask)
     if not isinstance(mask, Tensor) or mask.is_meta or mask.ndim < 2:
         return None
     if mask.shape[0] not in (1, batch):
@@ -47,6 +45,14 @@ def padding_from_mask(mask: Any, batch: int, length: int, past: int | None = Non
     if mask.ndim == 4:
         attended = attended.any(1)
     return (~attended).expand(batch, length)
+
+
+def one_mask(mask: Any) -> Any:
+    """The mask itself; of a dict by kind of layer, that of full attention or the first."""
+    if not isinstance(mask, dict):
+        return mask
+    kinds = [mask.get("full_attention"), *mask.values()]
+    return next((m for m in kinds if isinstance(m, Tensor)), None)
 
 
 def positions_without(padding_BS: Tensor, mask: Any, past: int) -> Tensor:

@@ -27,7 +27,7 @@ from moe_lens_hooks.adapters.fallback import unseen
 from moe_lens_hooks.attach import attach
 from moe_lens_hooks.capture import Capture
 from moe_lens_hooks.finding import edited, find_layers, named_modules
-from moe_lens_hooks.forward import OpenForward
+from moe_lens_hooks.forward import Block, OpenForward
 from moe_lens_hooks.intake import Intake
 from moe_lens_hooks.losses import StagedLosses
 from moe_lens_hooks.numbering import Numbering
@@ -144,7 +144,7 @@ class Recorder:
         self._lock = opened.lock
         try:
             self._capture = Capture(
-                models, layers, self._begin, lambda *seen: self._intake.fire(*seen), self._end
+                models, layers, self._begin, lambda x: self._intake.reduce(x), self._end
             )
             attach(self._capture, models, layers)
             if len(models) == 1:
@@ -323,8 +323,7 @@ class Recorder:
         policy = None if kept is None else "unknown"
         seen.hold()
         info = LayerInfo(-1, str(layer), E, K, adapter="rec.log", capacity_policy=policy)
-        with torch.inference_mode():
-            self._intake.take(forward, key, info, None, shape, seen)
+        self._capture.add(Block(key, info, None, shape, seen))
 
     def flush(self) -> None:
         """Return when everything before, open windows included, would survive `kill -9`.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import duckdb
 import numpy as np
@@ -18,9 +19,15 @@ import pyarrow as pa
 from moe_lens.errors import TraceError
 from moe_lens.queries.about import layers_table, runs_table
 from moe_lens.trace.reader import RunFiles, superseded_from
-from moe_lens.trace.schema import Table, with_keys
+from moe_lens.trace.rollup import straddles
+from moe_lens.trace.schema import LOAD_COARSE, Table, with_keys
 
 _RANK = r"'rank=(\d+)/seg-\d+\.parquet$'"
+
+_NOT_OVERTAKEN = (
+    " where not exists (select 1 from _superseded s where s.run = t.run and s.rank = t.rank "
+    "and s.attempt = t.attempt and t.{step} >= s.step)"
+)
 
 
 def create_views(con: duckdb.DuckDBPyConnection, runs: Mapping[str, RunFiles]) -> list[str]:
@@ -39,10 +46,11 @@ def create_views(con: duckdb.DuckDBPyConnection, runs: Mapping[str, RunFiles]) -
             con.execute(_view(table, runs, overtaken=superseded.num_rows > 0))
         except duckdb.Error as e:
             raise TraceError(f"{_places(runs)}: table {table.name} cannot be read: {e}") from e
+    con.execute(_coarse_view(runs, overtaken=superseded.num_rows > 0))
     for name, rows in (("moe_layers", layers_table(runs)), ("runs", runs_table(runs))):
         _register(con, f"_{name}", rows)
         con.execute(f"create or replace view {name} as select * from _{name}")  # noqa: S608
-    return [*tables, "moe_layers", "runs"]
+    return [*tables, LOAD_COARSE.name, "moe_layers", "runs"]
 
 
 def literal(text: str) -> str:
@@ -59,6 +67,48 @@ def path_literal(path: str) -> str:
     return literal(re.sub(r"[\[*?]", lambda m: f"[{m[0]}]", path))
 
 
+def _coarse_view(runs: Mapping[str, RunFiles], *, overtaken: bool) -> str:
+    """`load_coarse`: rollups where there are some, and windows one by one where there are none."""
+    columns = ", ".join(f.name for f in LOAD_COARSE.schema)
+    alone = columns
+    for name in ("window", "step"):
+        alone = alone.replace(f"first_{name}, last_{name}", f'"{name}", "{name}"')
+    parts = [f"select run, rank, {alone} from _open_load"]  # noqa: S608
+    for name, files in runs.items():
+        rolled: list[Path] = []
+        single: list[Path] = []
+        for rank in files.ranks("load"):
+            superseded = superseded_from(files.metas[rank])
+            coarse = {p.name: p for p in files.segments.get(LOAD_COARSE.name, {}).get(rank, [])}
+            for path in files.segments.get("load", {}).get(rank, []):
+                rollup = coarse.get(path.name)
+                if rollup is None or (superseded and straddles(rollup, superseded)):
+                    single.append(path)
+                else:
+                    rolled.append(rollup)
+        for paths, which in ((rolled, columns), (single, alone)):
+            if paths:
+                parts.append(f"select run, rank, {which} from {_files(name, paths)}")  # noqa: S608
+    names = ", ".join(["run", "rank", *LOAD_COARSE.schema.names])
+    body = "\nunion all\n".join(parts)
+    where = _NOT_OVERTAKEN.format(step="first_step") if overtaken else ""
+    return (
+        f"create or replace view {LOAD_COARSE.name} as\n"
+        f"select * from ({body}) as t ({names}){where}"
+    )
+
+
+def _files(run: str, paths: list[Path]) -> str:
+    """A table expression over segments of one run, with its name and the ranks."""
+    listed = ", ".join(path_literal(str(p.absolute())) for p in paths)
+    return (
+        f"(select {literal(run)} as run, "  # noqa: S608
+        f"cast(regexp_extract(filename, {_RANK}, 1) as integer) as rank, * "
+        # A folder of the user's named x=y above the run must not become a column.
+        f"from read_parquet([{listed}], union_by_name = true, hive_partitioning = false))"
+    )
+
+
 def _view(table: Table, runs: Mapping[str, RunFiles], *, overtaken: bool) -> str:
     # The open rows come first: they carry every column of the schema, so that a table without a
     # file is an empty view with the right columns, in the right order.
@@ -66,22 +116,13 @@ def _view(table: Table, runs: Mapping[str, RunFiles], *, overtaken: bool) -> str
     for name, files in runs.items():
         segments = files.segments.get(table.name, {})
         ranks = files.ranks(table.name)
-        paths = [str(p.absolute()) for rank in ranks for p in segments.get(rank, [])]
+        paths = [p for rank in ranks for p in segments.get(rank, [])]
         if paths:
-            parts.append(
-                f"select {literal(name)} as run, "  # noqa: S608
-                f"cast(regexp_extract(filename, {_RANK}, 1) as integer) as rank, * "
-                f"from read_parquet([{', '.join(map(path_literal, paths))}], "
-                # A folder of the user's named x=y above the run must not become a column.
-                "union_by_name = true, hive_partitioning = false)"
-            )
+            parts.append(f"select * from {_files(name, paths)}")  # noqa: S608
     body = "\nunion all by name\n".join(parts)
     if overtaken and any(c.name == "step" for c in table.columns):
-        body = (
-            f"select * from ({body}) as t where not exists ("  # noqa: S608
-            "select 1 from _superseded s where s.run = t.run and s.rank = t.rank "
-            "and s.attempt = t.attempt and t.step >= s.step)"
-        )
+        where = _NOT_OVERTAKEN.format(step="step")
+        body = f"select * from ({body}) as t{where}"  # noqa: S608
     return f"create or replace view {table.name} as\n{body}"
 
 

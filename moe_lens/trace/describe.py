@@ -5,7 +5,7 @@ docs/trace-tables.md is this text; a test compares them.
 
 from __future__ import annotations
 
-from moe_lens.trace.schema import SCHEMA_VERSION, TABLES, Table
+from moe_lens.trace.schema import LOAD_COARSE, SCHEMA_VERSION, TABLES, Table
 
 
 def markdown() -> str:
@@ -15,7 +15,7 @@ def markdown() -> str:
         "Generated from `moe_lens/trace/schema.py`; see [ARCHITECTURE](../ARCHITECTURE.md) for how "
         "the files lie on disk. The views of `moe_lens.open` put `run` and `rank` in front.\n"
     )
-    return head + "".join(_table(t) for t in TABLES.values())
+    return head + "".join(_table(t) for t in (*TABLES.values(), LOAD_COARSE))
 
 
 def _table(table: Table) -> str:

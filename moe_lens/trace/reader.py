@@ -20,9 +20,9 @@ from moe_lens.errors import TraceError
 from moe_lens.trace import layout
 from moe_lens.trace.check import check_place, segment_damage
 from moe_lens.trace.meta import Meta, read_meta
-from moe_lens.trace.schema import with_keys
+from moe_lens.trace.schema import LOAD_COARSE, with_keys
 
-COUNT_TABLES = ("load", "layers", "routers", "slices", "steps")
+COUNT_TABLES = ("load", "load_coarse", "layers", "routers", "slices", "steps")
 """Tables of sums, which leave out ranks whose tokens another rank has too (`Meta.counts`)."""
 
 _TRIES = 100
@@ -35,7 +35,7 @@ class RunFiles:
     path: Path
     metas: dict[int, Meta]
     segments: dict[str, dict[int, list[Path]]] = field(default_factory=dict)
-    """Readable sealed segments: table, rank, oldest first."""
+    """Readable sealed segments: table (and `load_coarse`), rank, oldest first."""
     streams: dict[str, dict[int, pa.Table]] = field(default_factory=dict)
     """Rows not sealed yet: table, rank. Mapped from the files: no memory until they are read."""
     missing_ranks: list[int] = field(default_factory=list)
@@ -140,7 +140,7 @@ def _snapshot(run: Path, skip_damaged: bool, checked: AbstractSet[Path]) -> RunF
 
 
 def _segments(run: Path, rank: int) -> dict[str, dict[int, Path]]:
-    return {name: layout.segments(run, name, rank) for name in with_keys(())}
+    return {n: layout.segments(run, n, rank) for n in (*with_keys(()), LOAD_COARSE.name)}
 
 
 def _add_segments(
@@ -154,6 +154,8 @@ def _add_segments(
         for path in by_seq.values():
             reason = None if path in checked else segment_damage(path)
             files.bytes[table] = files.bytes.get(table, 0) + path.stat().st_size
+            if reason is not None and table == LOAD_COARSE.name:
+                continue  # nothing is lost: what it sums is there
             if reason is None:
                 files.segments.setdefault(table, {}).setdefault(rank, []).append(path)
             elif skip_damaged:

@@ -12,7 +12,7 @@ from moe_lens.errors import TraceError, TraceWriteError
 from moe_lens.trace import layout
 from moe_lens.trace.lock import RankLock
 from moe_lens.trace.meta import Meta, read_meta, write_meta
-from moe_lens.trace.schema import with_keys
+from moe_lens.trace.schema import LOAD_COARSE, with_keys
 from moe_lens.trace.store import seal_stream
 
 
@@ -61,7 +61,7 @@ def recover_rank(run: Path, meta: Meta) -> list[Recovered]:
         for name, seq in sorted(layout.streams(run, meta.rank))
         if name in tables
     ]
-    for name in tables:
+    for name in (*tables, LOAD_COARSE.name):
         for leftover in layout.segment_dir(run, name, meta.rank).glob(".*.tmp"):
             leftover.unlink()
     last = meta.attempts[-1] if meta.attempts else None

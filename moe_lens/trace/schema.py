@@ -78,6 +78,9 @@ LAYER = _key("layer", I32, "number among MoE layers, in call order (meta: layers
 TAG = _key("tag", STR, f"the user's slice; at most {MAX_TAGS} and '{OTHER}'")
 TOKEN = Column("token", I32, "flat index of the token in the forward's stream", "split")
 
+_BY = ("phase", "layer", "tag", "expert")
+"""What rows of `load` are summed by, windows apart."""
+
 TABLES: dict[str, Table] = {
     t.name: t
     for t in (
@@ -294,6 +297,29 @@ TABLES: dict[str, Table] = {
         ),
     )
 }
+
+BUCKET = 64
+"""Windows that a row of `load_coarse` sums at most."""
+
+LOAD_COARSE = Table(
+    "load_coarse",
+    f"(up to {BUCKET} windows of one phase, layer, tag, expert): `load` summed, for long runs",
+    (
+        ATTEMPT,
+        _key("first_window", I64, "number of the first window in it"),
+        _key("last_window", I64, "number of the last"),
+        _key("first_step", I64, "first step of the first window"),
+        _key("last_step", I64, "first step of the last window"),
+        *(c for c in TABLES["load"].columns if c.packing == "dictionary" and c.name in _BY),
+        *(
+            Column(c.name, F64 if c.type == F32 else c.type, c.doc, c.packing, c.nullable)
+            for c in TABLES["load"].columns
+            if c.packing == "split"
+        ),
+    ),
+    ("layer", "first_window"),
+)
+"""Beside segments of `load`, under the same number; made from them, and nothing is lost without."""
 
 
 def with_keys(keys: tuple[str, ...]) -> dict[str, Table]:

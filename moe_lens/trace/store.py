@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 from moe_lens.trace import layout
 from moe_lens.trace.meta import Meta, write_meta
 from moe_lens.trace.reader import read_stream
-from moe_lens.trace.schema import Table, with_keys
+from moe_lens.trace.rollup import write_rollup
+from moe_lens.trace.schema import LOAD_COARSE, Table, with_keys
 from moe_lens.trace.segment import write_segment
 from moe_lens.trace.stream import OpenStream
 
@@ -117,14 +118,15 @@ class TraceStore:
         if self.max_bytes is None:
             return
         rank = self.meta.rank
-        sealed = {name: layout.segments(self.run, name, rank) for name in self.tables}
+        names = (*self.tables, LOAD_COARSE.name)
+        sealed = {name: layout.segments(self.run, name, rank) for name in names}
         sizes = {p: p.stat().st_size for paths in sealed.values() for p in paths.values()}
         streams = sum(p.stat().st_size for p in layout.streams(self.run, rank).values())
         over = sum(sizes.values()) + streams - self.max_bytes
         oldest = sorted(
             (p.stat().st_mtime_ns, name, p)
             for name, paths in sealed.items()
-            if self.tables[name].per_token
+            if name in self.tables and self.tables[name].per_token
             for p in paths.values()
         )
         for _, name, path in oldest:
@@ -157,6 +159,8 @@ def seal_stream(run: Path, table: Table, rank: int, seq: int) -> int:
     target = layout.segment_path(run, table.name, rank, seq)
     rows = None if target.exists() else read_stream(source)
     if rows is not None and rows.num_rows:
+        if table.name == "load":
+            write_rollup(run, rank, seq, rows)
         write_segment(target, table, rows)
     source.unlink()
     return 0 if rows is None else int(rows.num_rows)

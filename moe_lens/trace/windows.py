@@ -60,6 +60,7 @@ class Window:
         self.step = forward.step
         self.phase = forward.phase
         self.alone = stands_alone(forward)
+        self._t_start_ns = forward.t_start_ns
         self._clear()
 
     def _clear(self) -> None:
@@ -78,15 +79,19 @@ class Window:
         return again
 
     def takes(self, forward: Forward) -> bool:
-        """Whether this forward may still be summed into this window."""
+        """Whether this forward may still be summed into this window.
+
+        By when it began: the writer takes forwards some time after they ran, many at once.
+        """
         return (
             not self.alone
-            and not self.expired()
+            and abs(forward.t_start_ns - self._t_start_ns) <= SHARED_SECONDS * 1e9
             and forward.phase == self.phase
             and not stands_alone(forward)
         )
 
     def expired(self) -> bool:
+        """It has waited long enough for another forward."""
         return time.monotonic() - self._since > SHARED_SECONDS
 
     def add(self, forward: Forward) -> None:
@@ -212,12 +217,17 @@ _RENAMED = {"unserved": "unserved_tokens", "nonfinite": "nonfinite_tokens"}
 _NULL_WHEN_UNSEEN = {"prob_sum", "received", *_ROUTER_SUMS}
 
 
+_SCHEMAS = {n: (t.schema, [(f.name, f.type) for f in t.schema]) for n, t in TABLES.items()}
+"""Taken apart once: pyarrow makes a new object of every field that is looked at."""
+
+
 def as_table(name: str, columns: dict[str, Any]) -> pa.Table:
     """Columns by the schema's names as a table of the format, cast to its types; None: all null."""
-    schema = TABLES[name].schema
+    schema, fields = _SCHEMAS[name]
     columns = {_RENAMED.get(k, k): v for k, v in columns.items()}
     n = max(len(v) for v in columns.values() if v is not None)
-    return pa.Table.from_arrays([_array(columns[f.name], f.type, n) for f in schema], schema=schema)
+    arrays = [_array(columns[field], kind, n) for field, kind in fields]
+    return pa.Table.from_arrays(arrays, schema=schema)
 
 
 def _array(x: Any, kind: pa.DataType, n: int) -> pa.Array:

@@ -29,6 +29,10 @@ QUEUE_BYTES = 256 << 20
 QUEUE_EVENTS = 4096
 """Events waiting above which the caller waits: counts are never given up."""
 
+TURN_SECONDS = 2.0
+"""How often the writer looks at what is waiting. Forwards one at a time, each between two of a
+model that has the processor's caches to itself, would cost twice as much."""
+
 
 @dataclass
 class _Flush:
@@ -87,6 +91,8 @@ class TraceWriter:
         self._waiting_bytes = 0
         self._changed = threading.Condition()
         self._closing = False
+        self._urgent = False
+        """Something waits that must not wait for the writer's next turn."""
         # The first array makes pyarrow load pandas and its compute functions, half a second of CPU:
         # now, not beside the model's first step.
         pa.array([0]).cast(pa.int32())
@@ -108,7 +114,9 @@ class TraceWriter:
             while len(self._events) >= QUEUE_EVENTS and not self._closing:
                 self._changed.wait()
             self._events.append(event)
-            self._changed.notify_all()
+            self._urgent |= isinstance(event, _Flush) or self._much()
+            if self._urgent:
+                self._changed.notify_all()
 
     @property
     def waiting(self) -> int:
@@ -145,19 +153,24 @@ class TraceWriter:
             TraceWriteError: The disk refused, now or earlier.
         """
         with self._changed:
-            self._closing = True
+            self._closing = self._urgent = True
             self._changed.notify_all()
         self._thread.join()
         if self.failed is not None:
             raise self.failed
 
+    def _much(self) -> bool:
+        """An eighth of what may wait is waiting."""
+        return (
+            8 * max(len(self._events) / QUEUE_EVENTS, self._waiting_bytes / self._queue_bytes) > 1
+        )
+
     def _work(self) -> None:
         while True:
             with self._changed:
-                while not self._events and not self._closing:
-                    # Wakes for windows and segments whose time has come.
-                    if not self._changed.wait(timeout=1.0):
-                        break
+                # Without anything new, too: for windows and segments whose time has come.
+                self._changed.wait_for(lambda: self._urgent, timeout=TURN_SECONDS)
+                self._urgent = self._closing
                 batch = list(self._events)
                 self._events.clear()
                 ending = self._closing and not batch

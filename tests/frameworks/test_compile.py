@@ -120,6 +120,28 @@ def test_every_table_is_as_without_compile(telling, run, tmp_path):
         assert fast.equals(eager), table
 
 
+def _causal(kind):
+    """A mask that hides the first two positions of the first row, and the one of the last."""
+    padding = torch.zeros(3, 4, dtype=torch.bool)
+    padding[0, :2] = padding[2, 0] = True
+    attended = torch.ones(4, 4, dtype=torch.bool).tril() & ~padding[:, None, None, :]
+    additive = torch.where(attended, 0.0, torch.finfo(torch.float32).min)
+    masks = {"[B, S]": (~padding).long(), "bool": attended, "additive": additive}
+    masks["by kind of layer"] = {"sliding_attention": attended.clone(), "full_attention": attended}
+    return padding, masks[kind]
+
+
+@pytest.mark.parametrize("kind", ["[B, S]", "bool", "additive", "by kind of layer"])
+def test_padding_is_marked_whatever_the_rank_of_the_mask(telling, run, kind):
+    padding, mask = _causal(kind)
+    with torch.no_grad(), moe_lens.record(telling, run, tokens=1.0) as rec:
+        model = compiled(telling, backend="eager", fullgraph=True)
+        with rec.step():
+            model(IDS, attention_mask=mask)
+    assert frame(run, "tokens").sort_values("token").padding.tolist() == padding.flatten().tolist()
+    assert frame(run, "steps").padding_tokens.tolist() == [3]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_graph_breaks_lose_nothing(run, backend):
     torch.manual_seed(0)
@@ -148,7 +170,7 @@ def test_past_the_recompile_limit_hooks_run_as_they_are(run):
             with rec.step():
                 said.append(fast(ids)[1])
     assert_recorded(run, said)
-    for ours in (Capture.enter_block, Capture.look, Intake.take, reduce):
+    for ours in (Capture.enter_block, Capture.look, Intake.over, reduce):
         assert not torch._dynamo.eval_frame._debug_get_cache_entry_list(ours.__code__)
 
 

@@ -208,14 +208,14 @@ def test_another_thread_s_model_is_not_taken_for_this_one(x, tmp_path):
         with torch.no_grad():
             other(x)
 
-    def with_other(self, logits, **kw):
-        if self is model.router:
-            thread = threading.Thread(target=run_other)
-            thread.start()
-            thread.join()
-        return routing(self, logits, **kw)
+    def with_other(logits, **kw):
+        out = routing(model.router, logits, **kw)
+        thread = threading.Thread(target=run_other)  # before this router is left
+        thread.start()
+        thread.join()
+        return out
 
-    model.router.routing = lambda logits, **kw: with_other(model.router, logits, **kw)
+    model.router.routing = with_other
     recorded(model, x, tmp_path / "run")
     assert captured(tmp_path / "run").ids == np.argsort(-logits(model, x), 1)[:, :K].tolist()
     assert "routing" in vars(model.router)  # what was there before is there again

@@ -139,7 +139,7 @@ def test_large_forwards_are_reduced_layer_by_layer_with_the_same_result(
     tags = ["a", "b", "a"]
     with moe_lens.record(model, tmp_path / "a", tokens=1.0) as rec, rec.step(tags=tags):
         model(IDS)
-    monkeypatch.setattr("moe_lens_hooks.intake.PENDING_BYTES", 1)
+    monkeypatch.setattr("moe_lens_hooks.capture.HELD_BYTES", 1)
     with moe_lens.record(model, run, tokens=1.0) as rec, rec.step(tags=tags):
         model(IDS)
     for table in ("load", "routers", "routing", "layers"):

@@ -123,12 +123,3 @@ def test_a_stream_that_cannot_begin_leaves_no_open_file(
     was_closed = file.closed
     file.close()
     assert was_closed
-
-
-def test_a_removed_stream_is_gone_and_stays_gone(tmp_path: Path) -> None:
-    stream = OpenStream(tmp_path / "s.arrows", SCHEMA)
-    stream.append(batch(0))
-    stream.sync()
-    stream.remove()
-    assert not stream.path.exists()
-    stream.remove()

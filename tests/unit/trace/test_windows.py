@@ -103,12 +103,17 @@ def test_a_window_that_stands_alone_takes_no_other(clock: Clock) -> None:
 
 
 def test_a_shared_window_ends_after_a_second(clock: Clock) -> None:
-    out = Window(0, 0, small())
+    first = small()
+    out = Window(0, 0, first)
+    second = int(windows.SHARED_SECONDS * 1e9)
+    for later, takes in ((second, True), (second + 1, False), (-second, True)):
+        other = small()
+        other.t_start_ns = first.t_start_ns + later
+        assert out.takes(other) is takes  # by when it ran, not by when the writer sees it
     clock.now += windows.SHARED_SECONDS
-    assert out.takes(small())
+    assert not out.expired()
     clock.now += 0.01
     assert out.expired()
-    assert not out.takes(small())
 
 
 def test_tags_grow_inside_a_shared_window() -> None:
