@@ -16,7 +16,6 @@ import gc
 import os
 import threading
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,10 +36,6 @@ from moe_lens_hooks.opening import rank_and_world
 from moe_lens_hooks.parts import parts_of
 
 _UNSEEN: Any = object()
-_HOOKS = (
-    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks"),
-    *("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
-)
 
 
 class Watcher:
@@ -66,7 +61,6 @@ class Watcher:
         self._alive: dict[int, KeyedRef[int, nn.Module]] = {}
         self._called: WeakSet[nn.Module] = WeakSet()
         """Modules that were looked at because they were called: they stood in no other of these."""
-        self._hook_ids: set[int] = set()
         self._names: dict[str, int] = {}
         self._undo: list[Callable[[], None]] = []
 
@@ -81,17 +75,12 @@ class Watcher:
                 self._before(module)
             return original(module, *args, **kwargs)
 
-        def __getstate__(module: nn.Module) -> object:
-            return self._without_hooks(object.__getstate__(module))
-
         _keep_out_of_graphs(__call__, Watcher._before)
         nn.Module.__call__ = __call__  # type: ignore[method-assign]
-        nn.Module.__getstate__ = __getstate__  # type: ignore[method-assign]
         stepped = register_optimizer_step_post_hook(self._optimizer_stepped)
 
         def unwrap() -> None:
             nn.Module.__call__ = original  # type: ignore[method-assign]
-            del nn.Module.__getstate__
 
         self._undo = [unwrap, stepped.remove]
         os.register_at_fork(after_in_child=self._forget_in_child)
@@ -129,18 +118,6 @@ class Watcher:
             recorder = recording.recorder
             if recorder is not None:
                 recorder.optimizer_stepped(optimizer)
-
-    def _without_hooks(self, state: object) -> object:
-        """A module's state without our hooks: a copy of it, or a file, is not recorded."""
-        if not isinstance(state, dict):
-            return state
-        clean = dict(state)
-        for name in _HOOKS:
-            hooks = clean.get(name, {})
-            if not self._hook_ids.isdisjoint(hooks):
-                kept = (x for x in hooks.items() if x[0] not in self._hook_ids)
-                clean[name] = OrderedDict(kept)
-        return clean
 
     def _forget_in_child(self) -> None:
         """A forked process is not recorded; the recorders detach themselves."""
@@ -194,7 +171,6 @@ class Watcher:
         recorder._watch.tell = lambda text: self._say(f"{path}: {text}")
         for warning in caught:
             recorder._watch.tell(str(warning.message))
-        self._hook_ids.update(handle.id for handle in recorder._capture._handles)
         recording = Recording(recorder, len(layers))
         self.recordings.append(recording)
         for m in (root, *parts_of(root, layers), module):

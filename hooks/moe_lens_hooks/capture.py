@@ -17,6 +17,7 @@ from torch import nn
 
 from moe_lens.errors import CaptureBreach, NoMoELayers, UnsupportedRouter
 from moe_lens_hooks.adapter import MoELayer, Observed, Read
+from moe_lens_hooks.copies import keep_out_of_copies, let_go
 from moe_lens_hooks.finding import DATA_PARALLEL
 from moe_lens_hooks.forward import Block, OpenForward, recomputing
 from moe_lens_hooks.graphs import (
@@ -106,6 +107,7 @@ class Capture:
     def keep(self, handles: Iterable[Any], layer: MoELayer | None = None) -> None:
         """Remember hooks, of a layer or of the root, to take them off again."""
         handles = list(handles)
+        keep_out_of_copies(handles)
         self._handles += handles
         if layer is not None:
             self._handles_of[id(layer)] = handles
@@ -120,6 +122,7 @@ class Capture:
         unwatch_graphs(torch.cuda.CUDAGraph)
         for handle in self._handles:
             handle.remove()
+        let_go(self._handles)
         self._handles.clear()
         for layer in self._layers:
             _recorded.discard(layer.block)

@@ -10,8 +10,8 @@ on expert 1, a second on expert 0, with the weights of those who were meant. Bot
 How many rows each expert was called with is compared with this, so a transformers that mends it is
 noticed.
 
-After the gate weights, experts' outputs are scaled by 1 - `moe_token_dropout`, or dropped out in
-training.
+After the gate weights, experts' outputs are scaled by 1 - `moe_token_dropout` (`output_scale`), or
+dropped out in training.
 
 A choice that found its expert full has weight zero, and nothing computes it. Whom it wanted is in
 no tensor, and taken by the router's own operations on its own logits.
@@ -86,6 +86,9 @@ class Nllb:
             if router.batch_prioritized_routing
             else "drop-by-position",
             faithful=False,
+            output_scale=1 - float(experts.moe_token_dropout)
+            if experts.moe_token_dropout
+            else None,
         )
         call = _Call()
         taps = [

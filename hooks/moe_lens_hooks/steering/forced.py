@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from moe_lens.errors import SteeringError, UnsupportedRouter
 from moe_lens_hooks.adapter import MoELayer, Observed, Tap, first_int
 from moe_lens_hooks.attach import argument_names
+from moe_lens_hooks.copies import keep_out_of_copies, let_go
 from moe_lens_hooks.forward import recomputing
 from moe_lens_hooks.last import make_last
 from moe_lens_hooks.steering.agreement import agrees, other_experts
@@ -103,6 +104,7 @@ class Forced:
                 untraced(lambda m, a, out: self._clean_up()), always_call=True
             ),
         ]
+        keep_out_of_copies(self._handles)
 
     # -- what users call -------------------------------------------------------------------------
 
@@ -128,6 +130,7 @@ class Forced:
         """Let the model route by itself again. A second call does nothing."""
         for handle in self._handles:
             handle.remove()
+        let_go(self._handles)
         self._handles.clear()
         self._looks.clear()
         self._clean_up()

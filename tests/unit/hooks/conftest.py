@@ -9,6 +9,8 @@ from torch import nn
 
 from moe_lens_hooks.autorecord import Watcher
 
+GETSTATE = nn.Module.__getstate__
+
 
 @pytest.fixture
 def model():
@@ -38,7 +40,7 @@ def watch(tmp_path):
     yield make
     for watcher in made:
         watcher.finish()
-    assert "__getstate__" not in vars(nn.Module)
+    assert nn.Module.__getstate__ is GETSTATE
 
 
 @pytest.fixture
