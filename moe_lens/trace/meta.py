@@ -55,7 +55,7 @@ class LayerInfo:
     weights_on: str = "output"
     """What of an expert the gate weight multiplies: its output, or its input (Llama 4)."""
     output_scale: float | None = None
-    """What the block multiplies the experts' weighted sum by in evaluation, where it is known to."""
+    """What the block multiplies the experts' weighted sum by (in evaluation), where it is known."""
 
 
 @dataclass

@@ -12,16 +12,23 @@ from moe_lens.trace.events import Forward, LayerCounts, LayerRows, Losses, Outco
 from moe_lens.trace.gather import lists
 from moe_lens.trace.rounding import BF16_BITS, keep_mantissa
 from moe_lens.trace.schema import TABLES, Table
-from moe_lens.trace.windows import as_table
+from moe_lens.trace.tables import as_table
+
+Step = tuple[Forward, int, int]
+"""A forward, the number of its window, and how many invariants failed in it."""
 
 
-def step_row(forward: Forward, attempt: int, window: int, breaches: int) -> pa.Table:
-    """The row of `steps` for one forward."""
+def step_rows(steps: list[Step], attempt: int) -> pa.Table:
+    """The rows of `steps`, one for each forward."""
     names = ("step", "forward", "phase", "t_start_ns", "host_ns", "device_ns", "padding_tokens")
     more = ("sampled", "lost_rows", "fires_expected", "fires_seen")
-    columns = {n: [getattr(forward, n)] for n in (*names, *more)}
-    tokens = [int(forward.tokens_G.sum())]
-    own = {"attempt": [attempt], "window": [window], "tokens": tokens, "breaches": [breaches]}
+    columns = {n: [getattr(f, n) for f, _, _ in steps] for n in (*names, *more)}
+    own = {
+        "attempt": [attempt] * len(steps),
+        "window": [window for _, window, _ in steps],
+        "tokens": [int(f.tokens_G.sum()) for f, _, _ in steps],
+        "breaches": [breaches for _, _, breaches in steps],
+    }
     return as_table("steps", columns | own)
 
 

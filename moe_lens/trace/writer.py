@@ -21,6 +21,7 @@ from moe_lens.trace.events import Event, Forward, Losses, Outcomes, Staged, Stag
 from moe_lens.trace.invariants import check
 from moe_lens.trace.meta import Meta
 from moe_lens.trace.store import SEAL_ROWS, SEAL_SECONDS, TraceStore
+from moe_lens.trace.tables import window_tables
 from moe_lens.trace.windows import Window
 
 QUEUE_BYTES = 256 << 20
@@ -29,7 +30,7 @@ QUEUE_BYTES = 256 << 20
 QUEUE_EVENTS = 4096
 """Events waiting above which the caller waits: counts are never given up."""
 
-TURN_SECONDS = 2.0
+TURN_SECONDS = 5.0
 """How often the writer looks at what is waiting. Forwards one at a time, each between two of a
 model that has the processor's caches to itself, would cost twice as much."""
 
@@ -86,6 +87,9 @@ class TraceWriter:
         self._next_window = first_window
         self._window: Window | None = None
         self._last: Window | None = None  # the window closed last
+        self._closed: list[Window] = []
+        self._steps: list[rows.Step] = []
+        """Windows and forwards whose rows are not appended yet."""
         self._queue_bytes = queue_bytes
         self._events: deque[_Item] = deque()
         self._waiting_bytes = 0
@@ -257,7 +261,7 @@ class TraceWriter:
         self._window.add(forward)
         number = self._window.number
         add = out.setdefault
-        add("steps", []).append(rows.step_row(forward, self._attempt, number, len(found)))
+        self._steps.append((forward, number, len(found)))
         exact = self.meta.weights == "exact"
         add("routing", []).extend(rows.routing_tables(forward, self._attempt, exact=exact))
         add("logits", []).extend(rows.logit_tables(forward, self._attempt))
@@ -290,11 +294,15 @@ class TraceWriter:
         if self._window is None:
             return
         self._last = self._window
-        for name, table in self._window.tables().items():
-            out.setdefault(name, []).append(table)
+        self._closed.append(self._window)
         self._window = None
 
     def _append(self, out: dict[str, list[pa.Table]]) -> None:
+        if self._closed:
+            out |= {name: [table] for name, table in window_tables(self._closed).items()}
+        if self._steps:
+            out["steps"] = [rows.step_rows(self._steps, self._attempt)]
+        self._closed, self._steps = [], []
         for name, tables in out.items():
             if tables:
                 self._store.append(name, pa.concat_tables(tables))

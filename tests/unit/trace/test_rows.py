@@ -309,7 +309,7 @@ def test_a_step_says_what_was_lost_and_what_was_not_seen() -> None:
     forward.fires_seen = 1
     forward.lost_rows = 5  # capture lost some before
     forward.drop_rows()
-    (row,) = rows.step_row(forward, 0, 9, 4).to_pylist()
+    (row,) = rows.step_rows([(forward, 9, 4)], 0).to_pylist()
     assert row["lost_rows"] == 5 + 6
     assert (row["fires_expected"], row["fires_seen"]) == (2, 1)
     assert (row["window"], row["breaches"], row["sampled"]) == (9, 4, True)

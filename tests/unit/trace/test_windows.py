@@ -15,6 +15,7 @@ from support.reading import new_meta, read_rows
 
 from moe_lens.trace import windows
 from moe_lens.trace.events import Forward, LayerCounts, Losses, StepEnd
+from moe_lens.trace.tables import window_tables
 from moe_lens.trace.windows import Window, stands_alone
 from moe_lens.trace.writer import TraceWriter
 
@@ -66,7 +67,7 @@ def window(*forwards: Forward) -> dict[str, list[Row]]:
     for f in forwards:
         assert f is forwards[0] or out.takes(f)
         out.add(f)
-    return {name: table.to_pylist() for name, table in out.tables().items()}
+    return {name: table.to_pylist() for name, table in window_tables([out]).items()}
 
 
 @pytest.mark.parametrize(
