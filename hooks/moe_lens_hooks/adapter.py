@@ -105,7 +105,7 @@ class Observed:
         at = self.token_T
         assert at is not None
         whole = copy.copy(self)
-        whole.held, whole.token_T = {}, None
+        whole.token_T = None  # `held` is shared: a change after this was seen is still told
         whole.present_T = torch.zeros(tokens, dtype=torch.bool, device=at.device)
         whole.present_T[at] = True
         for name in _TENSORS:

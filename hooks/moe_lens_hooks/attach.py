@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,7 @@ def attach(capture: Capture, models: Sequence[nn.Module], layers: Sequence[MoELa
     """Hook the root modules and the MoE layers; `capture.detach` undoes it."""
     try:
         for layer in layers:
-            capture.keep(_attach_block(capture, layer), layer)
+            _attach_block(capture, layer)
         for i, model in enumerate(models):  # last, around the blocks': the root may be a block
             capture.keep(_attach_root(capture, i, model))
     except BaseException:
@@ -52,6 +52,8 @@ def _attach_root(capture: Capture, chunk: int, model: nn.Module) -> list[Any]:
         if getattr(module, "_is_replica", False):
             capture.replica()
             return
+        if module is not model:
+            return
         capture.enter_root(chunk, dict(zip(names, args, strict=False)) | kwargs)
 
     def traced_enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -63,14 +65,22 @@ def _attach_root(capture: Capture, chunk: int, model: nn.Module) -> list[Any]:
     def traced_leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         point.trace_leave()
 
-    before, after = _hook(enter, traced_enter), _hook(leave, traced_leave)
+    def ended(module: nn.Module, args: Any, output: Any) -> None:
+        capture.root_ended()
+
+    def nothing(*_: Any) -> None:
+        """Compiled code that raised has no hooks to tell it."""
+
+    # `enter` sees the replicas of DataParallel, to refuse them.
+    before, after = _hook(None, enter, traced_enter), _hook(model, leave, traced_leave)
     return [
         model.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
         model.register_forward_hook(after, with_kwargs=True),
+        model.register_forward_hook(_hook(model, ended, nothing), always_call=True),
     ]
 
 
-def _attach_block(capture: Capture, layer: MoELayer) -> list[Any]:
+def _attach_block(capture: Capture, layer: MoELayer) -> None:
     nothing: tuple[Any, ...] = ((), {}, None)
     point = BlockPoint(
         alone=all(tap.alone for tap in layer.taps),
@@ -81,8 +91,10 @@ def _attach_block(capture: Capture, layer: MoELayer) -> list[Any]:
         wrong=capture.wrong,
         leave=partial(capture.leave_block, layer),
     )
-    taps: list[Any] = []
     inner: list[Any] = []
+
+    def keep(handle: Any) -> None:
+        capture.keep([handle], layer)  # at once: if the next one fails, this one is taken off
 
     def settle() -> int:
         for handle in inner:
@@ -111,19 +123,22 @@ def _attach_block(capture: Capture, layer: MoELayer) -> list[Any]:
 
     # First in, first out: a tap may be the block itself.
     hook = _watched if any(tap.around is not None for tap in layer.taps) else _hook
-    before, after = hook(enter, traced_enter), hook(leave, traced_leave)
-    first = layer.block.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
+    block = layer.block
+    before, after = hook(block, enter, traced_enter), hook(block, leave, traced_leave)
+    keep(block.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
     for tap in layer.taps:
         if tap.around is not None:
-            taps += _surround(capture, tap.module, tap.around)
-        elif tap.read is not None and not _holds(layer.block, tap.module):
+            for handle in _surround(capture, tap.module, tap.around):
+                keep(handle)
+        elif tap.read is not None and not _holds(block, tap.module):
             assert tap.when == "input", "what is around a block is tapped for its input"
-            taps.append(_tap_ahead(capture, layer, tap.module, tap.read, point))
+            keep(_tap_ahead(capture, layer, tap.module, tap.read, point))
         elif tap.read is not None:
-            taps.append(_tap(capture, layer, tap.module, tap.when, tap.read, point, hook))
-            if tap.module is not layer.block:
-                inner.append(taps[-1])
-    return [first, *taps, layer.block.register_forward_hook(after, with_kwargs=True)]
+            handle = _tap(capture, layer, tap.module, tap.when, tap.read, point, hook)
+            keep(handle)
+            if tap.module is not block:
+                inner.append(handle)
+    keep(block.register_forward_hook(after, with_kwargs=True))
 
 
 def _tap(
@@ -144,7 +159,7 @@ def _tap(
     def traced(_: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> None:
         point.trace_tap(read, name, args, kwargs, output)
 
-    hook = wrap(look, traced)
+    hook = wrap(module, look, traced)
     if when == "input":
         return module.register_forward_pre_hook(hook, with_kwargs=True)
     return module.register_forward_hook(hook, with_kwargs=True)
@@ -163,7 +178,7 @@ def _tap_ahead(
     def traced(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         point.trace_ahead(read, name, args, kwargs)
 
-    return module.register_forward_pre_hook(_hook(look, traced), with_kwargs=True)
+    return module.register_forward_pre_hook(_hook(module, look, traced), with_kwargs=True)
 
 
 def _surround(capture: Capture, module: nn.Module, around: Around) -> list[Any]:
@@ -171,19 +186,16 @@ def _surround(capture: Capture, module: nn.Module, around: Around) -> list[Any]:
 
     def before(_: nn.Module, args: tuple[Any, ...]) -> None:
         seen = capture.seen_now()
-        context: AbstractContextManager[Any] = nullcontext() if seen is None else around(seen)
-        context.__enter__()
-        capture.contexts.append(context)
+        capture.enter_context(nullcontext() if seen is None else around(seen))
 
     def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if capture.contexts:
-            capture.contexts.pop().__exit__(None, None, None)
+        capture.leave_context()
         if (seen := capture.seen_now()) is not None:
             seen.hold()
 
     return [
-        module.register_forward_pre_hook(_untraced(before)),
-        module.register_forward_hook(_untraced(after), always_call=True),
+        module.register_forward_pre_hook(_watched(module, before)),
+        module.register_forward_hook(_watched(module, after), always_call=True),
     ]
 
 
@@ -191,21 +203,36 @@ def _holds(block: nn.Module, module: nn.Module) -> bool:
     return any(m is module for m in block.modules())
 
 
-def _hook(plain: Callable[..., None], traced: Callable[..., None]) -> Callable[..., None]:
-    """A hook that is `traced` where torch.compile traces the module, and `plain` elsewhere."""
+def _hook(
+    of: nn.Module | None, plain: Callable[..., None], traced: Callable[..., None]
+) -> Callable[..., None]:
+    """A hook that is `traced` where torch.compile traces the module, and `plain` elsewhere.
+
+    Args:
+        of: The module it is for: in a copy that took it along it does nothing. None: any.
+        plain: Called when the module runs; not while torch.jit traces, whose shapes are no numbers.
+        traced: Called while torch.compile traces it.
+    """
 
     def hook(module: nn.Module, *given: Any) -> None:
         if torch.compiler.is_compiling():
             traced(module, *given)
-        else:
+        elif (of is None or module is of) and not torch._C._is_tracing():
             plain(module, *given)
 
     return hook
 
 
-def _watched(plain: Callable[..., None], traced: Callable[..., None]) -> Callable[..., None]:
+def _watched(
+    of: nn.Module, plain: Callable[..., None], traced: Callable[..., None] | None = None
+) -> Callable[..., None]:
     """A hook of a block in which functions are watched: it does not run compiled, nor do these."""
-    return _untraced(plain)
+
+    def hook(module: nn.Module, *given: Any) -> None:
+        if module is of:
+            plain(module, *given)
+
+    return _untraced(hook)
 
 
 def _untraced(hook: Callable[..., None]) -> Callable[..., None]:

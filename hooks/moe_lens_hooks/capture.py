@@ -56,6 +56,7 @@ class Capture:
             order in which a token passes them; empty: there is only `implicit`.
         layers: Its MoE layers.
         begin: Makes the state of a new forward.
+        met: Takes a forward that runs and a block of it that has just returned.
         full: Takes a forward that runs and holds more than `HELD_BYTES`, to reduce its blocks.
         end: Takes a forward that is over.
     """
@@ -65,6 +66,7 @@ class Capture:
         models: Sequence[nn.Module],
         layers: list[MoELayer],
         begin: Begin,
+        met: Callable[[OpenForward, Block], None],
         full: Callable[[OpenForward], None],
         end: Callable[[OpenForward], None],
     ) -> None:
@@ -74,11 +76,11 @@ class Capture:
                 f"another recorder is attached to this model already ({taken[0]} and "
                 f"{len(taken) - 1} more). Close it first: each forward is recorded once."
             )
-        self._begin, self._full, self._end = begin, full, end
+        self._begin, self._met, self._full, self._end = begin, met, full, end
         self._layers = layers
         self._stack: list[_Running] = []
-        self.contexts: list[AbstractContextManager[Any]] = []
-        """Entered by hooks and not left."""
+        self._contexts: dict[int, list[AbstractContextManager[Any]]] = {}
+        """Entered by hooks and not left, by thread: torch's modes belong to one."""
         self._seen_ahead: dict[nn.Module, Observed] = {}
         """What taps around a block saw before it is entered."""
         self.current: OpenForward | None = None
@@ -104,16 +106,32 @@ class Capture:
         watch_graphs(torch.cuda.CUDAGraph)
         self._attached = True
 
+    def enter_context(self, context: AbstractContextManager[Any]) -> None:
+        """A module is about to run inside this context."""
+        context.__enter__()
+        self._contexts.setdefault(threading.get_ident(), []).append(context)
+
+    def leave_context(self) -> None:
+        """It has run."""
+        if mine := self._contexts.get(threading.get_ident()):
+            mine.pop().__exit__(None, None, None)
+
+    def _leave_contexts(self) -> None:
+        """No module runs: what is still entered was left behind by Ctrl-C, which skips hooks."""
+        for context in reversed(self._contexts.pop(threading.get_ident(), [])):
+            context.__exit__(None, None, None)
+
     def keep(self, handles: Iterable[Any], layer: MoELayer | None = None) -> None:
         """Remember hooks, of a layer or of the root, to take them off again."""
         handles = list(handles)
         keep_out_of_copies(handles)
         self._handles += handles
         if layer is not None:
-            self._handles_of[id(layer)] = handles
+            self._handles_of.setdefault(id(layer), []).extend(handles)
 
     def detach(self) -> None:
         """Take every hook off again."""
+        self._leave_contexts()
         if self.current is not None:
             self.aborted, self.current = self.aborted + 1, None
         if not self._attached:
@@ -135,6 +153,7 @@ class Capture:
 
     def abandon(self) -> None:
         """A step ends: a forward that is still open was ended by an exception."""
+        self._leave_contexts()
         if self.current is not None:
             self.aborted, self.current = self.aborted + 1, None
             self._stack.clear()
@@ -264,6 +283,7 @@ class Capture:
         if self.current is not None:
             self.aborted += 1
         self._stack.clear()
+        self._leave_contexts()
         number, self._runs[chunk] = self._runs[chunk], self._runs[chunk] + 1
         self.current = self._between.pop(number, None) if chunk else None
         if self.current is None:
@@ -284,13 +304,17 @@ class Capture:
         else:
             self._over(forward)
 
+    def root_ended(self) -> None:
+        """The root module has returned or raised; if it raised, its forward is over too."""
+        if recomputing() or self.current is None or self.current.implicit or self._elsewhere():
+            return
+        self.aborted, self.current = self.aborted + 1, None  # and with it the model's tensors
+        self._stack.clear()
+        self._leave_contexts()
+
     def _over(self, forward: OpenForward) -> None:
         if not isinstance(forward, CapturedForward):
-            try:
-                self._end(forward)
-            except ValueError:  # what the user said of it does not fit
-                self.aborted += 1
-                raise
+            self._end(forward)
         elif forward.implicit:
             refused = self._begin({}, True)
             refused.expected, refused.problems = forward.expected, forward.problems
@@ -357,6 +381,9 @@ class Capture:
         """A layer of the forward that is running was seen."""
         forward = self.implicit()
         forward.add(block)
-        if forward.held_bytes > HELD_BYTES and not isinstance(forward, CapturedForward):
-            with torch.inference_mode():
+        if isinstance(forward, CapturedForward):
+            return
+        with torch.inference_mode():
+            self._met(forward, block)
+            if forward.held_bytes > HELD_BYTES:
                 self._full(forward)

@@ -46,7 +46,7 @@ def let_go(handles: Iterable[Any]) -> None:
 def _forget(ids: list[int]) -> None:
     for i in ids:
         _ours.pop(i, None)
-    if not _ours:
+    if not _ours and nn.Module.__getstate__ is _without_hooks:  # else: patched by others since
         nn.Module.__getstate__ = _original  # type: ignore[method-assign]
 
 

@@ -143,7 +143,6 @@ class OpenForward:
     """That ran and are not taken yet."""
     held_bytes: int = 0
     """Of routing tensors in them."""
-    pending: list[Pending] = field(default_factory=list)
     layers: list[Seen] = field(default_factory=list)
     thread: int = field(default_factory=threading.get_ident)
     seen: int = 0

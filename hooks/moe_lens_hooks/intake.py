@@ -22,7 +22,7 @@ from moe_lens_hooks.inputs import batch_shape, packed_lengths, token_ids
 from moe_lens_hooks.lineage import Line, Routed, StagedOutcomes
 from moe_lens_hooks.masks import padding_from_mask
 from moe_lens_hooks.reduce import reduce
-from moe_lens_hooks.said import StepContext, last_positions
+from moe_lens_hooks.said import DoesNotFit, StepContext, last_positions
 from moe_lens_hooks.sampling import Sampling
 from moe_lens_hooks.semantics import Semantics, learn
 
@@ -102,14 +102,33 @@ class Intake:
             sampled=self._sampling.share > 0 and step % self._sampling.every == 0,
         )
 
-    def _take(self, forward: OpenForward, block: Block) -> None:
-        """Check and describe what was seen of one layer."""
+    def meet(self, forward: OpenForward, block: Block) -> None:
+        """A layer has run. With the first of a stream it is settled whose its tokens are.
+
+        At once: the masks and positions that tell it may be changed before the forward is over.
+
+        Raises:
+            DoesNotFit: What the user said of the step does not fit the batch.
+        """
+        if block.info.stream in forward.batches or _misshapen(block.info, block.seen):
+            return
+        try:
+            batch = self._describe(forward, block.info.stream, block.shape, block.seen)
+        except DoesNotFit:
+            raise
+        except Exception as e:
+            forward.problem(_unreadable(block.info, e))
+        else:
+            forward.batches[block.info.stream] = batch
+
+    def _take(self, forward: OpenForward, block: Block) -> Pending | None:
+        """Check what was seen of one layer; None where it cannot be recorded."""
         key, info, router, seen = block.key, block.info, block.router, block.seen
         ids = seen.expert_ids_TK
         assert ids is not None
         if wrong := _misshapen(self.infos.get(key, info), seen):
             forward.problem(f"{info.path}: {wrong}. Its routing cannot be recorded")
-            return
+            return None
         experts = info.experts + info.zero_experts
         known = self.infos.get(key)
         if known is None:
@@ -123,16 +142,16 @@ class Intake:
                     f"{info.path} has {info.experts} experts, top-{k}, in the "
                     f"resumed trace {before.experts}, top-{before.top_k}. Record into a new folder"
                 )
-                return
+                return None
             known = replace(info, layer=number, top_k=k)
             self._note(key, known, learn(seen, router, experts))
         elif self._meanings[known.layer] is None:  # the forwards before had no usable token
             self._note(key, known, learn(seen, router, experts))
         meaning = self._meanings[known.layer]
+        self.meet(forward, block)
         batch = forward.batches.get(info.stream)
-        if batch is None:
-            batch = self._describe(forward, info.stream, block.shape, seen)
-            forward.batches[info.stream] = batch
+        if batch is None:  # its tokens could not be described
+            return None
         if seen.token_T is not None:
             seen = seen.laid_out(batch.size)
             ids = _not_none(seen.expert_ids_TK)
@@ -141,16 +160,12 @@ class Intake:
                 f"{info.path} routed {len(ids)} tokens, but the forward has {batch.size} "
                 f"({info.stream}). Its routing cannot be recorded"
             )
-            return
+            return None
         forward.seen += 1
-        forward.pending.append(Pending(self.infos[key], seen, meaning))
+        return Pending(self.infos[key], seen, meaning)
 
     def over(self, forward: OpenForward) -> None:
-        """A forward has returned.
-
-        Raises:
-            ValueError: What the user said of the step does not fit the batch.
-        """
+        """A forward has returned."""
         self.reduce(forward)
         self._following.over(forward.rows, forward.returned)
 
@@ -159,34 +174,40 @@ class Intake:
         self._following.close()
 
     def reduce(self, forward: OpenForward) -> None:
-        """Turn the blocks of a forward into counts, layers of one kind together.
-
-        Raises:
-            ValueError: What the user said of the step does not fit the batch.
-        """
+        """Turn the blocks of a forward into counts, layers of one kind together."""
         blocks, forward.blocks, forward.held_bytes = forward.blocks, [], 0
-        for block in blocks:
-            self._take(forward, block)
         kinds: dict[tuple[Any, ...], list[Pending]] = {}
-        for p in forward.pending:
-            kinds.setdefault(p.kind, []).append(p)
-        forward.pending = []
+        for block in blocks:
+            try:
+                taken = self._take(forward, block)
+            except DoesNotFit:
+                raise
+            except Exception as e:
+                forward.problem(_unreadable(block.info, e))
+            else:
+                if taken is not None:
+                    kinds.setdefault(taken.kind, []).append(taken)
         for group in kinds.values():
             info, first = group[0].info, group[0].observed
             assert first.expert_ids_TK is not None
             for p in group:
                 if p.observed.changed:
                     forward.problem(f"{p.info.path} changed its routing in place after it was used")
-            # The model's autocast must not reach into our sums.
-            with torch.autocast(first.expert_ids_TK.device.type, enabled=False):
-                reduced = reduce(
-                    [p.observed for p in group],
-                    forward.batches[info.stream],
-                    [p.meaning for p in group],
-                    info.experts + info.zero_experts,
-                    logits=self._keep_logits,
-                    faithful=info.faithful,
-                )
+            try:
+                # The model's autocast must not reach into our sums.
+                with torch.autocast(first.expert_ids_TK.device.type, enabled=False):
+                    reduced = reduce(
+                        [p.observed for p in group],
+                        forward.batches[info.stream],
+                        [p.meaning for p in group],
+                        info.experts + info.zero_experts,
+                        logits=self._keep_logits,
+                        faithful=info.faithful,
+                    )
+            except Exception as e:
+                forward.seen -= len(group)
+                forward.problem(_unreadable(info, e), len(group))
+                continue
             layers = [(p.info, p.observed.capacity, p.observed.capacity_groups) for p in group]
             forward.layers.append(Seen(info.stream, len(first.expert_ids_TK), layers, reduced))
 
@@ -300,6 +321,14 @@ def _routed(forward: OpenForward, batch: Batch, again: int, layout: str) -> Rout
         sequence_N=sequence_N,
         position_N=batch.position_N,
         padding_T=batch.padding_T,
+    )
+
+
+def _unreadable(info: LayerInfo, error: Exception) -> str:
+    """Nothing that we stumble over may end the user's forward."""
+    what = f"{type(error).__name__}: {error}"
+    return (
+        f"{info.path}: what was seen of it could not be read ({what}). Its routing is not recorded"
     )
 
 

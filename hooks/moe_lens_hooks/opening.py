@@ -111,8 +111,9 @@ def _occupied(run: Path, fresh: Meta) -> bool:
     """Something is there that is not of the other ranks of this launch."""
     if run.exists() and not run.is_dir():
         raise TraceError(f"{run} is a file; a trace is a folder.")
-    if not run.exists() or not any(run.iterdir()):
-        return False
+    lock = layout.lock_path(run, fresh.rank)
+    if not any(p.is_file() and p != lock for p in run.rglob("*")):
+        return False  # nothing, or what a recorder left that could not begin
     others = layout.ranks(run)
     if fresh.world == 1 or fresh.rank in others or not (others or (run / "_open").is_dir()):
         return True

@@ -45,12 +45,14 @@ class _PartRoot:
         self._capture = capture
         self._names = argument_names(part)
         self._opened: OpenForward | None = None
-        before = part.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True)
-        capture.keep([before, part.register_forward_hook(self._leave, always_call=True)])
+        self._part = part
+        capture.keep([part.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True)])
+        capture.keep([part.register_forward_hook(self._leave)])
+        capture.keep([part.register_forward_hook(self._ended, always_call=True)])
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Inside a compiled graph there is nothing to open: what called the graph opened it.
-        if torch.compiler.is_compiling() or recomputing():
+        if torch.compiler.is_compiling() or recomputing() or module is not self._part:
             return
         running = self._capture.current
         if running is None or running.implicit:
@@ -58,12 +60,18 @@ class _PartRoot:
             self._opened = self._capture.current
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if torch.compiler.is_compiling() or recomputing() or self._opened is None:
-            return
-        opened, self._opened = self._opened, None
-        if self._capture.current is not opened:
-            return
-        if output is None:  # an exception is on its way
-            self._capture.abandon()
-        else:
+        if self._runs(module):
+            self._opened = None
             self._capture.leave_root(0, output)
+
+    def _ended(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Called after `_leave`, and where the part has raised, without it."""
+        if self._runs(module):
+            self._opened = None
+            self._capture.root_ended()
+
+    def _runs(self, module: nn.Module) -> bool:
+        """The forward that this part opened is still the one that runs."""
+        if torch.compiler.is_compiling() or recomputing() or module is not self._part:
+            return False
+        return self._opened is not None and self._capture.current is self._opened

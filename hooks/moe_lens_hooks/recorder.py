@@ -8,7 +8,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -19,15 +19,16 @@ from torch import Tensor, nn
 
 from moe_lens.errors import CaptureBreach, MoeLensError, TraceWriteError
 from moe_lens.trace.events import Staged, StepEnd
-from moe_lens.trace.meta import Attempt, LayerInfo, Meta
+from moe_lens.trace.meta import Attempt, Meta
 from moe_lens.trace.writer import TraceWriter
-from moe_lens_hooks.adapter import Adapter, Observed
+from moe_lens_hooks.adapter import Adapter
 from moe_lens_hooks.adapters import all_adapters
 from moe_lens_hooks.adapters.fallback import unseen
 from moe_lens_hooks.attach import attach
+from moe_lens_hooks.by_hand import log
 from moe_lens_hooks.capture import Capture
 from moe_lens_hooks.finding import edited, find_layers, named_modules
-from moe_lens_hooks.forward import Block, OpenForward
+from moe_lens_hooks.forward import OpenForward
 from moe_lens_hooks.intake import Intake
 from moe_lens_hooks.losses import StagedLosses
 from moe_lens_hooks.numbering import Numbering
@@ -142,49 +143,53 @@ class Recorder:
         )
         opened = open_for_writing(self.path, meta, resume=resume)
         self._lock = opened.lock
-        try:
+        with ExitStack() as undo:  # whatever fails, nothing of us stays
+            undo.callback(self._lock.release)
             self._capture = Capture(
-                models, layers, self._begin, lambda x: self._intake.reduce(x), self._end
+                models,
+                layers,
+                self._begin,
+                lambda *met: self._intake.meet(*met),
+                lambda forward: self._intake.reduce(forward),
+                self._end,
             )
+            undo.callback(self._capture.detach)
             attach(self._capture, models, layers)
             if len(models) == 1:
                 open_forwards_at(parts_of(models[0], layers), self._capture)
-        except BaseException:
-            self._lock.release()
-            raise
-        try:
-            self._writer = TraceWriter(
-                self.path, opened.meta, first_window=opened.next_window, max_bytes=max_bytes
+            try:
+                self._writer = TraceWriter(
+                    self.path, opened.meta, first_window=opened.next_window, max_bytes=max_bytes
+                )
+            except OSError as e:
+                raise TraceWriteError(f"cannot write the trace {self.path}: {e}") from e
+            undo.callback(self._writer.close)
+            self._layers = layers
+            self._edited = partial(edited, models, layers, [*adapters, *all_adapters()])
+            self._context: StepContext | None = None
+            self._numbering = Numbering(opened.next_step, resumed=opened.next_step > 0)
+            self._forwards = 0
+            self._of_step, self._last_step = StepTotals(), StepTotals()
+            self._closed = False
+            self._watch = Watch(self._writer, on_breach, on_write_error, self._detach)
+            self._intake = Intake(
+                models,
+                as_sampling(tokens),
+                layout,
+                opened.next_sequence,
+                opened.meta.tags,
+                opened.meta.layers,
+                first_layer=first_layer,
+                counts_tokens=meta.coordinates.get("pp", 0) == 0,
+                keep_logits=logits,
+                keep_token_ids=token_ids,
+                put=self._put,
+                edit=self._writer.edit,
+                warn=self._watch.warn,
             )
-        except OSError as e:
-            self._capture.detach()
-            self._lock.release()
-            raise TraceWriteError(f"cannot write the trace {self.path}: {e}") from e
-        self._layers = layers
-        self._edited = partial(edited, models, layers, [*adapters, *all_adapters()])
-        self._context: StepContext | None = None
-        self._numbering = Numbering(opened.next_step, resumed=opened.next_step > 0)
-        self._forwards = 0
-        self._of_step, self._last_step = StepTotals(), StepTotals()
-        self._closed = False
-        self._watch = Watch(self._writer, on_breach, on_write_error, self._detach)
-        self._intake = Intake(
-            models,
-            as_sampling(tokens),
-            layout,
-            opened.next_sequence,
-            opened.meta.tags,
-            opened.meta.layers,
-            first_layer=first_layer,
-            counts_tokens=meta.coordinates.get("pp", 0) == 0,
-            keep_logits=logits,
-            keep_token_ids=token_ids,
-            put=self._put,
-            edit=self._writer.edit,
-            warn=self._watch.warn,
-        )
-        for text in unseen(named_modules(models), layers):
-            self._watch.warn(text)
+            for text in unseen(named_modules(models), layers):
+                self._watch.warn(text)
+            undo.pop_all()
         _live.add(self)
         atexit.register(self._at_exit)
 
@@ -296,34 +301,16 @@ class Recorder:
         Raises:
             ValueError: Shapes that disagree, or E neither given nor to be seen.
         """
-        E = experts if experts is not None else (logits.shape[-1] if logits is not None else None)
-        if E is None:
-            raise ValueError("rec.log needs experts=E where no logits are given")
-        if expert_ids.shape != weights.shape or expert_ids.ndim not in (2, 3):
-            raise ValueError(
-                f"expert_ids {list(expert_ids.shape)} and weights {list(weights.shape)} must both "
-                "be [T, K] or [B, S, K]"
-            )
-        K = expert_ids.shape[-1]
-        shape = (expert_ids.shape[0], expert_ids.shape[1]) if expert_ids.ndim == 3 else None
-        key = (("log", layer), 0)
-        forward = self._capture.current
-        if forward is not None and forward.implicit and hash(key) in forward.entered:
-            self._capture.end_implicit()
-        forward = self._capture.implicit()
-        forward.expected += 1
-        forward.entered[hash(key)] = 1
-        seen = Observed(
-            expert_ids.reshape(-1, K),
-            weights.reshape(-1, K),
-            None if logits is None else logits.reshape(-1, E),
-            kept_TK=None if kept is None else kept.reshape(-1, K),
+        log(
+            self._capture,
+            layer,
+            expert_ids,
+            weights,
+            logits,
+            experts=experts,
+            kept=kept,
             capacity=capacity,
         )
-        policy = None if kept is None else "unknown"
-        seen.hold()
-        info = LayerInfo(-1, str(layer), E, K, adapter="rec.log", capacity_policy=policy)
-        self._capture.add(Block(key, info, None, shape, seen))
 
     def flush(self) -> None:
         """Return when everything before, open windows included, would survive `kill -9`.
@@ -365,20 +352,22 @@ class Recorder:
         self._end_step()
         self._detach()
         self._closed = True
-        never = [x.info.path for x in self._layers if x.block not in self._capture.entered]
-        for text in self._edited() if error is None else ():
-            self._watch.breach(text)
         atexit.unregister(self._at_exit)
-        if not self._forwards and error is None and not self._writer.failed:
-            self._watch.breach(f"nothing was recorded into {self.path}. {REMEDY}")
-        self._mark_end(never, error)
+        never = [x.info.path for x in self._layers if x.block not in self._capture.entered]
         try:
-            self._writer.close()
-        except TraceWriteError:
-            if error is None and self._watch.raise_write_error:
-                raise
+            if error is None:
+                self._look_for_edits()
+            if not self._forwards and error is None and not self._writer.failed:
+                self._watch.breach(f"nothing was recorded into {self.path}. {REMEDY}")
+            self._mark_end(never, error)
         finally:
-            self._lock.release()
+            try:
+                self._writer.close()
+                self._lock.release()  # not where Ctrl-C came first: the writer is still at work
+            except TraceWriteError:
+                self._lock.release()
+                if error is None and self._watch.raise_write_error:
+                    raise
         if error is None:
             self._watch.check()
             if never:
@@ -406,7 +395,6 @@ class Recorder:
         return self._intake.begin(self._numbering.step, number, context, inputs, implicit)
 
     def _end(self, forward: OpenForward) -> None:
-        self._forwards += 1
         blind = self._capture.blind
         if blind and not forward.problems:
             forward.problem(blind)
@@ -420,6 +408,7 @@ class Recorder:
         with torch.inference_mode():
             self._intake.over(forward)
         forward.close()
+        self._forwards += 1
         self._of_step.add(forward)
         self._put(forward)
         for text, n in forward.problems.items():
@@ -434,9 +423,12 @@ class Recorder:
     # -- the rest --------------------------------------------------------------------------------
 
     def _end_step(self) -> None:
-        self._capture.end_implicit()
-        self._capture.abandon()
-        inside, self._context = self._context is not None, None
+        inside = self._context is not None
+        try:
+            self._capture.end_implicit()
+            self._capture.abandon()
+        finally:  # whatever it was, the next step can begin
+            self._context = None
         self._last_step, self._of_step = self._of_step, StepTotals()
         if len(self._last_step):
             self._put(StepEnd(self._numbering.step))
@@ -455,6 +447,14 @@ class Recorder:
         if last is None:
             raise CaptureBreach("rec.loss before any recorded forward: call it after the model ran")
         return last
+
+    def _look_for_edits(self) -> None:
+        try:
+            found = self._edited()
+        except Exception as e:  # an adapter looks at what the model has become
+            found = [f"the model cannot be looked at any more ({type(e).__name__}: {e})"]
+        for text in found:
+            self._watch.breach(text)
 
     def _mark_end(self, never: list[str], error: BaseException | None) -> None:
         if self._capture.aborted:

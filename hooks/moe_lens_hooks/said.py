@@ -21,6 +21,10 @@ from moe_lens.trace.schema import UNTAGGED
 from moe_lens_hooks.staging import onto
 
 
+class DoesNotFit(ValueError):
+    """What the user said of a step does not fit a batch of it."""
+
+
 @dataclass
 class StepContext:
     """What the user said of a step; see `Recorder.step`. Lists, not tensors (`said`)."""
@@ -90,7 +94,7 @@ def plain(name: str, given: Any) -> Any:
     lengths = {len(x) if isinstance(x, list) else None for x in values}
     if len(lengths) > 1:
         got = [len(x) if isinstance(x, list) else repr(x) for x in values]
-        raise ValueError(
+        raise DoesNotFit(
             f"{name} is ragged: its rows have {', '.join(map(str, got[:8]))} values. Give one "
             "value, one per sequence, or rows of one length [B, S]."
         )
@@ -118,7 +122,7 @@ def tags_of(values: Any, B: int, S: int, owners: int, unit: str, expand: int) ->
         return [[UNTAGGED if v is None else v for v in row] for row in values]
     values = expanded(values, owners, expand)
     if len(values) != owners:
-        raise ValueError(
+        raise DoesNotFit(
             f"tags has {len(values)} values, but this forward has {owners} {unit} "
             f"(batch {B} x {S} tokens). Give one value, one per sequence, or [B, S]."
         )
@@ -135,7 +139,7 @@ def keys_of(keys: dict[str, Any], rows: int, expand: int) -> dict[str, list[str 
     for name, values in keys.items():
         each = [values] * rows if not isinstance(values, list) else expanded(values, rows, expand)
         if len(each) != rows:
-            raise ValueError(
+            raise DoesNotFit(
                 f"keys[{name!r}] has {len(each)} values, but this forward has {rows} sequences. "
                 "Give one value, or one per sequence."
             )
@@ -164,7 +168,7 @@ def cumulative(values: Any, B: int, T: int) -> NDArray[np.int64] | None:
     if lengths[0] != 0 or (np.diff(lengths) < 0).any():
         return None
     if lengths[-1] != T:
-        raise ValueError(
+        raise DoesNotFit(
             f"sequences looks like cumulative lengths that end at {lengths[-1]}, but this forward "
             f"has {T} tokens."
         )
@@ -178,7 +182,7 @@ def fits(name: str, got: list[int], B: int, S: int) -> None:
         ValueError: It is neither.
     """
     if got not in ([B], [B, S]):
-        raise ValueError(
+        raise DoesNotFit(
             f"{name} has shape {got}, but this forward is a batch of {B} x {S} tokens. Give one "
             f"value, one per sequence [{B}], one per token [{B}, {S}], or cumulative lengths."
         )

@@ -165,9 +165,7 @@ class TraceWriter:
 
     def _much(self) -> bool:
         """An eighth of what may wait is waiting."""
-        return (
-            8 * max(len(self._events) / QUEUE_EVENTS, self._waiting_bytes / self._queue_bytes) > 1
-        )
+        return 8 * len(self._events) > QUEUE_EVENTS or 8 * self._waiting_bytes > self._queue_bytes
 
     def _work(self) -> None:
         while True:
@@ -303,10 +301,10 @@ class TraceWriter:
         if self._steps:
             out["steps"] = [rows.step_rows(self._steps, self._attempt)]
         self._closed, self._steps = [], []
-        for name, tables in out.items():
+        for name in list(out):
+            tables = out.pop(name)  # first: should this fail, it must not be appended once more
             if tables:
                 self._store.append(name, pa.concat_tables(tables))
-        out.clear()
 
     def _finish(self) -> None:
         if self.failed is not None:

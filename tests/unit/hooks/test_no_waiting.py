@@ -9,7 +9,7 @@ import torch
 from support.fake_cuda import DEVICE, FakeLane, NoWaiting
 from support.models import TinyModel, build
 from support.tables import frame
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import moe_lens
 from moe_lens_hooks import intake, staging
@@ -125,5 +125,7 @@ def test_looking_would_be_seen(tmp_path, lane, look, monkeypatch):
     monkeypatch.setattr(intake, "reduce", looking)
     with FakeTensorMode(), DEVICE, torch.no_grad():
         model = TinyModel()
-        with pytest.raises((DataDependentOutputException, AssertionError, RuntimeError)):
-            steps(model, tmp_path / "run", [({}, {"input_ids": on_device(3, 4)}, None)])
+        forwards = [({}, {"input_ids": on_device(3, 4)}, None)]
+        with pytest.warns(UserWarning, match="could not be read"):
+            found = steps(model, tmp_path / "run", forwards)
+    assert found.fires_seen.tolist() == [0]

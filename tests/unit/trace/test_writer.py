@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from support.events import Router, event, losses_event, seen
 from support.reading import new_meta, read_rows
@@ -422,3 +423,25 @@ def test_flush_never_returns_before_the_failure_is_known(
     w.put(forward(0))
     with pytest.raises(TraceWriteError):
         w.flush()
+
+
+def test_what_was_appended_before_memory_ran_out_is_not_appended_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w = TraceWriter(tmp_path, new_meta())
+    append = w._store.append
+    failed: list[str] = []
+
+    def once(name: str, table: pa.Table) -> None:
+        if name == "tokens" and not failed:
+            failed.append(name)
+            raise pa.ArrowMemoryError("malloc of size 1 failed")
+        append(name, table)
+
+    monkeypatch.setattr(w._store, "append", once)
+    w.put(forward(0))
+    with pytest.raises(TraceWriteError, match="malloc"):
+        w.close()
+    assert failed
+    assert rows_of_steps(tmp_path) == {0: TOKENS * LAYERS}
+    assert len(read_rows(tmp_path, "steps")) == 1
