@@ -74,16 +74,22 @@ class Observed:
         Tensors are held by reference, and their versions tell a later change in place. Those of
         inference mode have no version: they are copied.
         """
-        for name in _TENSORS:
+        for name in (*_TENSORS, "bias_E"):
             tensor = getattr(self, name)
-            if tensor is None or (name in self.held and self.held[name][0] is tensor):
-                continue
-            if tensor.is_inference():
-                tensor = tensor.clone()
-                setattr(self, name, tensor)
-                self.held[name] = (tensor, -1)
-            else:
-                self.held[name] = (tensor, tensor._version)
+            if tensor is not None and not (name in self.held and self.held[name][0] is tensor):
+                setattr(self, name, self._hold(name, tensor))
+
+    def hold_bias(self, bias: Tensor) -> None:
+        """The router's own selection bias, before the block runs: a forward may move it."""
+        self._hold("bias_E", bias)
+
+    def _hold(self, name: str, tensor: Tensor) -> Tensor:
+        if tensor.is_inference():
+            tensor = tensor.clone()
+            self.held[name] = (tensor, -1)
+        else:
+            self.held[name] = (tensor, tensor._version)
+        return tensor
 
     @property
     def nbytes(self) -> int:
@@ -93,8 +99,12 @@ class Observed:
 
     @property
     def changed(self) -> bool:
-        """A tensor that is held was changed in place."""
-        return any(v >= 0 and tensor._version != v for tensor, v in self.held.values())
+        """A tensor that is held was changed in place; a bias that was only costs the margins."""
+        return any(
+            v >= 0 and tensor._version != v
+            for name, (tensor, v) in self.held.items()
+            if name != "bias_E"
+        )
 
     def laid_out(self, tokens: int) -> Observed:
         """The rows of `token_T` among all tokens of the forward, `present_T` saying where.

@@ -26,6 +26,7 @@ from moe_lens_hooks.graphs import (
     unwatch_graphs,
     watch_graphs,
 )
+from moe_lens_hooks.semantics import selection_bias
 
 _recorded: WeakSet[nn.Module] = WeakSet()
 """Blocks that a recorder is attached to: two on one block would each see half of the truth."""
@@ -349,6 +350,10 @@ class Capture:
         self.entered.add(layer.block)
         ahead = self._seen_ahead
         seen = ahead.pop(layer.block) if layer.block in ahead else Observed()
+        if not isinstance(forward, CapturedForward):  # whose replays find other biases
+            bias = selection_bias(layer.router, layer.info.experts)
+            if bias is not None:
+                seen.hold_bias(bias)
         self._stack.append(_Running(layer, seen, shape))
 
     def leave_block(self, layer: MoELayer) -> None:

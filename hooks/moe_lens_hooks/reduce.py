@@ -10,6 +10,7 @@ Tokens are counted in 2 G groups: those of valid tokens by tag, then those of pa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -185,8 +186,22 @@ def _routers(
 def _biases(seen: Sequence[Observed], meanings: Sequence[Semantics | None]) -> list[Tensor] | None:
     """Selection biases of the layers: the router's buffer, or what it was handed."""
     pairs = zip(seen, meanings, strict=True)
-    found = [m.bias if m is not None and m.bias is not None else x.bias_E for x, m in pairs]
+    found = [_bias_then(x, m.bias if m is not None else None) for x, m in pairs]
     return None if found[0] is None else [b for b in found if b is not None]
+
+
+def _bias_then(seen: Observed, now: Tensor | None) -> Tensor | None:
+    """The selection bias of one layer, as it was when the router added it.
+
+    One that was held and has changed since is NaN: it explains no choice, and there is no margin.
+    """
+    bias = seen.bias_E if now is None else now
+    if bias is None or "bias_E" not in seen.held:
+        return bias
+    tensor, version = seen.held["bias_E"]
+    then = tensor.detach().reshape(-1)
+    moved = version >= 0 and tensor._version != version
+    return torch.full_like(then, math.nan, dtype=torch.float32) if moved else then
 
 
 def _in_range(ids_LTK: Tensor, experts: int, text: str, problems: Numbers) -> Tensor:

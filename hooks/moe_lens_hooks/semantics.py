@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,26 @@ class Semantics:
             return None
         bias: Tensor = attrgetter(self.bias_name)(self.router)
         return bias.detach().reshape(-1)
+
+
+_bias_names: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
+
+
+def selection_bias(router: nn.Module | None, experts: int) -> Tensor | None:
+    """The buffer itself that is the router's own selection bias; it is looked for once.
+
+    Not a parameter: no forward moves one, and FSDP takes its memory away when the block is left.
+    """
+    if router is None:
+        return None
+    if router not in _bias_names:
+        _bias_names[router] = _bias(router, experts)
+    name = _bias_names[router]
+    try:
+        bias = None if name is None else attrgetter(name)(router)
+    except AttributeError:  # it was taken off the router
+        return None
+    return None if isinstance(bias, nn.Parameter) else bias
 
 
 def probabilities(logits_TE: Tensor, score: str) -> Tensor:

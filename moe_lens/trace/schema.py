@@ -120,6 +120,11 @@ TABLES: dict[str, Table] = {
                 _count("tokens", "valid tokens routed: no padding, each token once"),
                 _count("padding_tokens", "padding routed, and tokens routed again: in no count"),
                 _count("capacity", "choices one expert takes per capacity group", nullable=True),
+                _count(
+                    "capacity_groups",
+                    "groups of tokens that each have this capacity (1: the forward; else sequences)",
+                    nullable=True,
+                ),
                 _count("max_load", "largest `processed` of one expert in one forward"),
                 _key("max_load_expert", I32, "the expert that had it"),
                 _count("touched", "experts that computed something, summed over forwards"),

@@ -83,6 +83,9 @@ class _Laid:
             tokens=[x.tokens for x in self.counts],
             padding_tokens=[x.padding_tokens for x in self.counts],
             capacity=[x.capacity for x in self.counts],
+            capacity_groups=[
+                None if x.capacity is None else x.capacity_groups for x in self.counts
+            ],
             max_load=[s.max_load for s in self.noted],
             max_load_expert=[s.max_load_expert for s in self.noted],
             touched=[s.touched for s in self.noted],

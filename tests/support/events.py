@@ -404,6 +404,8 @@ def _tally_layer(
             row["margin_sum"] += c.margin
     names = "forwards tokens padding_tokens capacity max_load touched dispatch_ns combine_ns"
     blank = _row(names, 0, 0, 0, r.capacity, -1, 0, None, None)
+    groups = len({t.sequence for t in f.tokens}) if r.grouped else 1
+    blank["capacity_groups"] = None if r.capacity is None else groups
     row = out["layers"].setdefault((window, r.layer), {**own, **blank})
     row["forwards"] += 1
     row["tokens"] += len(f.valid)

@@ -32,6 +32,10 @@ from moe_lens_hooks.adapter import MoELayer, Observed, Tap, first_number
 from moe_lens_hooks.adapters.torch_calls import derives
 
 DROPPING = "apply_router_token_dropping"
+_GIVEN = ("routing_probs", "routing_map", "router_topk", "capacity_factor")
+"""Its arguments that are read."""
+_ASKED = ("num_tokens", "num_experts", "capacity_factor")
+"""Arguments of `get_capacity`, which it calls."""
 
 
 @dataclass
@@ -43,6 +47,8 @@ class _Call:
     """Before dropping; None where nothing can be dropped."""
     map_TE: Tensor | None = None
     capacity: int | None = None
+    unread: bool = False
+    """What is dropped could not be read."""
     rows_E: Tensor | None = None
     """Rows that were dispatched to each expert, padding slots included."""
 
@@ -105,6 +111,8 @@ class Megatron:
             seen.bias_E = router.expert_bias
             wrong_T = wish_TE.sum(-1) != K
             seen.problems["tokens with more or fewer choices than top-k"] = wrong_T.sum()
+            if call.unread:
+                seen.problems["calls of the router in which dropping could not be read"] = 1
             if drops:
                 seen.kept_TK = map_TE.gather(-1, best.indices)
                 seen.capacity = call.capacity
@@ -147,7 +155,7 @@ def _namespace(path: str, router: Any, drops: bool) -> dict[str, Any]:
     routing = getattr(type(router), "routing", None)
     known = derives(router, "megatron", "TopKRouter") and inspect.isfunction(routing)
     namespace = inspect.unwrap(routing).__globals__ if known and routing else {}
-    if not known or (drops and DROPPING not in namespace):
+    if not known or (drops and not _readable(namespace.get(DROPPING))):
         version = getattr(sys.modules.get("megatron.core"), "__version__", "unknown")
         what = "drops tokens in a way" if known else f"has a {type(router).__name__}"
         raise UnsupportedRouter(
@@ -155,6 +163,17 @@ def _namespace(path: str, router: Any, drops: bool) -> dict[str, Any]:
             f"0.16's TopKRouter, which calls {DROPPING}). Write an adapter (docs/hooks.md)."
         )
     return namespace
+
+
+def _readable(dropping: Any) -> bool:
+    """It can be asked what it is given, and finds a capacity as is known here."""
+    if not inspect.isfunction(dropping):
+        return False
+    find = inspect.unwrap(dropping).__globals__.get("get_capacity")
+    named = ((dropping, _GIVEN), (find, _ASKED))
+    return callable(find) and all(
+        set(names) <= inspect.signature(function).parameters.keys() for function, names in named
+    )
 
 
 @contextmanager
@@ -171,9 +190,12 @@ def _watched(router: Any, namespace: dict[str, Any], call: _Call) -> Iterator[No
     def see_choices(*args: Any, **kwargs: Any) -> Any:
         assert dropping is not None
         if threading.get_ident() == thread:
-            given = inspect.signature(dropping).bind(*args, **kwargs).arguments
-            call.probs_TE, call.map_TE = given["routing_probs"].detach(), given["routing_map"]
-            call.capacity = _capacity(dropping, given)
+            try:  # nothing that goes wrong here may end the router's call
+                given = inspect.signature(dropping).bind(*args, **kwargs).arguments
+                call.capacity = _capacity(dropping, given)
+                call.probs_TE, call.map_TE = given["routing_probs"].detach(), given["routing_map"]
+            except Exception:
+                call.unread = True
         return dropping(*args, **kwargs)
 
     own = "routing" in vars(router)

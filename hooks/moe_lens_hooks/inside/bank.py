@@ -34,6 +34,14 @@ class Bank:
     entries: list[nn.Module] = field(default_factory=list)
     zero: int = 0
 
+    @property
+    def uncalled(self) -> frozenset[int]:
+        """Ids of the parameters that hold experts, where no module is called to use them."""
+        if self.members or self.entries:
+            return frozenset()
+        own = (p for stack in self.stacks for p in stack.parameters(recurse=False))
+        return frozenset(id(p) for p in own if p.ndim > 2 and p.shape[0] % self.count == 0)
+
     @contextmanager
     def counted(
         self, call: Callable[[int | None, int], AbstractContextManager[Any]]

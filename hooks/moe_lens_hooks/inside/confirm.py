@@ -48,10 +48,14 @@ class Plan:
     rows: bool
     path: tuple[object, ...]
 
+    @property
+    def places(self) -> list[Place]:
+        """Of ids and weights."""
+        return [self.ids, *([] if self.weights is None else [self.weights.place])]
+
     def passed(self, run: Run) -> bool:
         """The run went the way on which the plan's places are."""
-        places = [self.ids, *([] if self.weights is None else [self.weights.place])]
-        return self.path == run.path and all(run.at(p) is not None for p in places)
+        return self.path == run.path and all(run.at(p) is not None for p in self.places)
 
 
 @dataclass
@@ -148,7 +152,7 @@ def _find_ids(trials: Trials, clean: Run, output: Rows) -> tuple[_Suspect, bool,
         off_T, moved_T = output.differ(off), None
         left = []
         for s in suspects:
-            sent_T = torch.isin(s.ids_TK, torch.tensor(experts)).any(1)
+            sent_T = torch.isin(s.ids_TK, torch.tensor(experts, device="cpu")).any(1)
             if moved_T is None and (sent_T & ~off_T).any():
                 moved_T = _moved(trials, output, experts, by_call=called)
             reached_T = off_T if moved_T is None else off_T | moved_T
@@ -178,7 +182,7 @@ def _differs(s: _Suspect, experts: list[int], off_T: Tensor, sent_T: Tensor) -> 
 def _explain(ids: _Suspect, weights_TK: Tensor | None) -> None:
     """Choices that made no difference must have a weight of zero."""
     for t, experts in ids.idle:
-        there_K = torch.isin(ids.ids_TK[t], torch.tensor(experts))
+        there_K = torch.isin(ids.ids_TK[t], torch.tensor(experts, device="cpu"))
         if weights_TK is None or (weights_TK[t].cpu()[there_K] != 0).any():
             raise UnsupportedRouter(
                 f"its ids send token {t} to {ids.ids_TK[t].tolist()}, but with experts {experts} "
@@ -219,9 +223,9 @@ def _experiments(loads: list[int], tokens: int) -> Iterator[list[int]]:
         yield [e]
     chosen_per_token = max(1.0, sum(loads) / max(tokens, 1))
     size = round(0.6 * len(loads) / chosen_per_token)  # about half of the tokens have one of them
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     for _ in range(_GROUPS):
-        mixed = torch.randperm(len(loads), generator=generator).tolist()
+        mixed = torch.randperm(len(loads), generator=generator, device="cpu").tolist()
         yield sorted(mixed[: min(max(1, size), len(loads) - 1)])
 
 
@@ -231,7 +235,7 @@ def _moved(trials: Trials, output: Rows, experts: list[int], *, by_call: bool) -
     For experts whose output is zero as it is, or too small to make a difference.
     """
     big = 64 * float(output.x_TD.abs().nan_to_num().amax()) + 1 if by_call else 1.0
-    moved_T = torch.zeros(len(output.x_TD), dtype=torch.bool)
+    moved_T = torch.zeros(len(output.x_TD), dtype=torch.bool, device="cpu")
     for by in (big, -big):
         moved_T |= output.differ(trials.run(trials.bank.shifted(experts, by, by_call=by_call))[1])
     return moved_T

@@ -82,12 +82,15 @@ class _Watch:
         x = next((x for x in tensors if x.is_floating_point()), None)
         if x is None:
             raise UnsupportedRouter(self._text("it is given no float tensor [..., D]"))
-        self._run = Run(tuple(x.shape[:-1]), self._bank.count)
+        self._run = Run(tuple(x.shape[:-1]), self._bank.count, stacks=self._bank.uncalled)
         # What it does may depend on these: then it is looked at from its very beginning.
         one = self._run.tokens == 1  # with one token, more shapes are those of ids
         self._mode = (self._block.training, torch.is_grad_enabled(), x.dtype, x.device, one)
         if not any(mode == self._mode for mode, _ in self._plans):
             self._call = Call.of(self._block, self._bank, args, kwargs)
+        else:
+            known = (p.places for mode, p in self._plans if mode == self._mode)
+            self._run.places = frozenset(place for places in known for place in places)
 
     @contextmanager
     def around(self, seen: Observed) -> Iterator[None]:
@@ -153,6 +156,8 @@ class _Watch:
             seen.weights_TK = plan.weights.read(run, ids)
             if plan.weights.masked:
                 _check_mask(seen, run, plan)
+        if any(found is not None and found.changed for found in map(run.at, plan.places)):
+            seen.problems["tokens whose routing changed in place after it was used"] = run.tokens
         logits = None if plan.logits is None else run.at(plan.logits)
         seen.logits_TE = None if logits is None else logits.rows
         if plan.rows:
@@ -188,7 +193,7 @@ def _unequal(ids: Found, run: Run) -> Tensor:
     flat = torch.where((flat < 0) | (flat >= E), E, flat)  # out of range is told elsewhere
     ones = torch.ones_like(flat)
     said_E = ones.new_zeros(E + 1).index_add_(0, flat, ones)[:E]
-    got_E = torch.tensor(run.rows_E)
+    got_E = torch.tensor(run.rows_E, device="cpu")
     if said_E.is_cuda:
         got_E = got_E.pin_memory().to(said_E.device, non_blocking=True)
     return (said_E != got_E).sum()

@@ -58,7 +58,7 @@ class Trials:
         """
         self._call.before.restore()
         args, kwargs = copied(self._call.args), copied(self._call.kwargs)
-        run = Run(self._lead, self.bank.count, edits or {})
+        run = Run(self._lead, self.bank.count, edits or {}, self.bank.uncalled)
         with ExitStack() as stack:
             if not self.hooks:
                 stack.enter_context(without_hooks(self._block))
@@ -105,7 +105,7 @@ class Rows:
         parts = [x.detach() for x in _tensors(output) if x.is_floating_point()]
         parts = [x for x in parts if x.ndim > 1 and _per_token(x, lead, tokens)]
         if not parts:
-            return cls(torch.zeros(tokens, 0), 0.0)
+            return cls(torch.zeros(tokens, 0, device="cpu"), 0.0)
         rows = torch.cat([x.reshape(tokens, -1).double() for x in parts], 1)
         return cls(rows, max(torch.finfo(x.dtype).eps for x in parts))
 

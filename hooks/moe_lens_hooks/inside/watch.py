@@ -38,6 +38,25 @@ class Found:
     in_gate: bool
     linear: bool
     """It came out of a matrix product."""
+    after: bool = False
+    """An expert had been used already."""
+    version: int | None = None
+    """As the experts had it; None: not known, or it is a copy."""
+
+    def keep(self) -> None:
+        """From here on a change in place is told; what cannot tell, in inference mode, is copied.
+
+        Unless it was found after the first use of an expert: it may still change on its way there.
+        """
+        if not self.tensor.is_inference():
+            self.version = self.tensor._version
+        elif not self.after:
+            self.tensor = self.tensor.clone()
+
+    @property
+    def changed(self) -> bool:
+        """It is another one now than the experts had."""
+        return self.version is not None and self.tensor._version != self.version
 
     @property
     def rows(self) -> Tensor:
@@ -57,11 +76,15 @@ class Run:
         lead: The dimensions of its input that count tokens, `[B, S]` or `[T]`.
         experts: E.
         edits: What to make of the tensor found at a place, in a trial.
+        stacks: Parameters (ids) whose first use is that of an expert, where no module is called.
+        places: Where what matters is, if that is known.
     """
 
     lead: tuple[int, ...]
     experts: int
     edits: dict[Place, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    stacks: frozenset[int] = frozenset()
+    places: frozenset[Place] | None = None
     found: list[Found] = field(default_factory=list)
     rows_E: list[int] = field(default_factory=list)
     in_gate: bool = False
@@ -70,6 +93,8 @@ class Run:
     """Nothing further is noted."""
     chose_tokens: bool = False
     """A top-k over the tokens was taken, as expert choice does."""
+    used: bool = False
+    """An expert was used already."""
     _times: Counter[Site] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -89,9 +114,24 @@ class Run:
 
     def call(self, expert: int | None, rows: int) -> None:
         """An expert is called; None: a module that holds them all."""
+        self.use()
         self.late = True
         if expert is not None:
             self.rows_E[expert] += rows
+
+    def use(self) -> None:
+        """An expert is used: what was found so far is what it gets."""
+        if self.used:
+            return
+        self.used = True
+        before, self.done = self.done, True  # what is done here is not the block's
+        for found in self.found:
+            self._keep(found)
+        self.done = before
+
+    def _keep(self, found: Found) -> None:
+        if self.places is None or found.place in self.places:
+            found.keep()
 
     @contextmanager
     def calling(self, expert: int | None, rows: int) -> Iterator[None]:
@@ -129,8 +169,17 @@ class Run:
         if edit := self.edits.get(place):
             x = edit(x)
         linear = name in _LINEAR
-        self.found.append(Found(place, x, width, self.late, self.in_gate, linear))
+        found = Found(place, x, width, self.late, self.in_gate, linear, self.used)
+        self.found.append(found)
+        if self.used:
+            self._keep(found)
         return x
+
+    def set_in(self, x: Any) -> None:
+        """Items of a tensor were set, on the way to the experts."""
+        for found in self.found:
+            if found.tensor is x and found.after:
+                self._keep(found)
 
 
 class Watcher(TorchFunctionMode):
@@ -180,6 +229,8 @@ class Watcher(TorchFunctionMode):
         if name in ("topk", "sort", "argsort"):
             run.chose_tokens |= _over_tokens(run, args, kwargs, name)
         output = func(*args, **kwargs)
+        if name == "__setitem__":
+            run.set_in(args[0])
         if isinstance(output, Tensor):
             return self._made(output, args, name, 0)
         if isinstance(output, tuple | list) and any(isinstance(x, Tensor) for x in output):
@@ -195,6 +246,8 @@ class Watcher(TorchFunctionMode):
         """A tensor that no function was seen to make: a hook or a compiled part brought it in."""
         self._known[id(x)] = x
         if isinstance(x, nn.Parameter):
+            if id(x) in self._run.stacks:
+                self._run.use()
             return
         edited = self._run.note(x, f"{name} takes", which)
         if edited is not x:

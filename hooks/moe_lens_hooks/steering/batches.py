@@ -57,7 +57,7 @@ def place(
     mask = inputs.get("decoder_attention_mask" if stream == "decoder" else "attention_mask")
     padding = padding_from_mask(mask, B, S, past)
     if padding is None:
-        padding = torch.zeros((B, S), dtype=torch.bool)
+        padding = torch.zeros((B, S), dtype=torch.bool, device="cpu")
     valid_BS = ~padding.cpu().numpy()
     position_BS = positions_without(padding, mask, past).cpu().numpy()
     given = inputs.get("position_ids") if stream == "main" else None
@@ -66,7 +66,7 @@ def place(
     run_BS = _runs(valid_BS, position_BS)
     lengths = packed_lengths(inputs, stream)
     if lengths is not None:
-        ends = torch.as_tensor(lengths).cpu().numpy().astype(np.int64)
+        ends = torch.as_tensor(lengths, device="cpu").numpy().astype(np.int64)
         run_BS = np.repeat(np.arange(len(ends) - 1), np.diff(ends)).reshape(B, S)
         position_BS = np.arange(B * S).reshape(B, S) - ends[run_BS]
     run_T, position_T = (x if layout == "bs" else x.T for x in (run_BS, position_BS))

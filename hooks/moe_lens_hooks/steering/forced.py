@@ -86,24 +86,19 @@ class Forced:
         self._forward: _Forward | None = None
         self._seen_ahead: dict[nn.Module, Observed] = {}
         """What taps around a block saw before it is entered."""
+        self._contexts: list[tuple[Tap, AbstractContextManager[Any]]] = []
+        """Entered by the hooks of a tap and not left."""
         self._handles: list[Any] = []
         self._looks: dict[nn.Module, list[Any]] = {}
         """By block, hooks inside it that look at what those of others may still change."""
-        for layer in layers:
-            self._attach(layer)
-            _forced.add(layer.block)
-        names = argument_names(model)
-        self._handles += [
-            model.register_forward_pre_hook(
-                untraced(lambda m, a, k: self._enter_root(dict(zip(names, a, strict=False)) | k)),
-                with_kwargs=True,
-                prepend=True,
-            ),
-            model.register_forward_hook(untraced(lambda m, a, out: self._leave_root())),
-            model.register_forward_hook(
-                untraced(lambda m, a, out: self._clean_up()), always_call=True
-            ),
-        ]
+        try:
+            for layer in layers:
+                _forced.add(layer.block)
+                self._attach(layer)
+            self._attach_root(model)
+        except BaseException:
+            self.close()
+            raise
         keep_out_of_copies(self._handles)
 
     # -- what users call -------------------------------------------------------------------------
@@ -150,6 +145,28 @@ class Forced:
 
     # -- hooks -----------------------------------------------------------------------------------
 
+    def _before(self, module: nn.Module, hook: Callable[..., Any], **options: bool) -> Any:
+        """Run a hook before this module, of which copies may carry it along."""
+        handle = module.register_forward_pre_hook(_own(module, hook), **options)
+        self._handles.append(handle)
+        return handle
+
+    def _after(self, module: nn.Module, hook: Callable[..., Any], **options: bool) -> Any:
+        """As `_before`, after it."""
+        handle = module.register_forward_hook(_own(module, hook), **options)
+        self._handles.append(handle)
+        return handle
+
+    def _attach_root(self, model: nn.Module) -> None:
+        names = argument_names(model)
+
+        def enter(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._enter_root(dict(zip(names, args, strict=False)) | kwargs)
+
+        self._before(model, enter, with_kwargs=True, prepend=True)
+        self._after(model, lambda m, a, out: self._leave_root())
+        self._after(model, lambda m, a, out: self._clean_up(), always_call=True)
+
     def _attach(self, layer: MoELayer) -> None:
         block = layer.block
         inside = layer.router is not None and any(m is layer.router for m in block.modules())
@@ -170,25 +187,19 @@ class Forced:
 
         # First of all hooks: what watches the router from inside the block (a recorder's adapter)
         # must stand between the block and this mode, to see what comes out of it.
-        self._handles.append(
-            block.register_forward_pre_hook(untraced(enter), with_kwargs=True, prepend=True)
-        )
+        self._handles.append(block.register_forward_pre_hook(_refuse_replica))
+        self._before(block, enter, with_kwargs=True, prepend=True)
         if inside and layer.router is not None:
-            self._handles.append(layer.router.register_forward_pre_hook(untraced(arm)))
+            self._before(layer.router, arm)
         for tap in layer.taps:
             self._watch(layer, tap)
-        self._handles += [
-            block.register_forward_hook(untraced(disarm), prepend=True),
-            block.register_forward_hook(untraced(lambda m, a, out: self._check(layer))),
-            block.register_forward_hook(
-                untraced(lambda m, a, out: self._leave_block(layer)), always_call=True
-            ),
-        ]
+        self._after(block, disarm, prepend=True)
+        self._after(block, lambda m, a, out: self._check(layer))
+        self._after(block, lambda m, a, out: self._leave_block(layer), always_call=True)
 
     def _watch(self, layer: MoELayer, tap: Tap) -> None:
         """Look at what the experts get, as a recorder would."""
         read, around, module = tap.read, tap.around, tap.module
-        contexts: list[AbstractContextManager[Any]] = []
 
         def give(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             call = self._call_of(layer)
@@ -208,11 +219,11 @@ class Forced:
             call = self._call_of(layer)
             here = nullcontext() if call is None or around is None else around(call.seen)
             here.__enter__()
-            contexts.append(here)
+            self._contexts.append((tap, here))
 
         def leave(m: nn.Module, args: Any, output: Any) -> None:
-            if contexts:
-                contexts.pop().__exit__(None, None, None)
+            if self._contexts and self._contexts[-1][0] is tap:
+                self._contexts.pop()[1].__exit__(None, None, None)
 
         def look_ahead(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if read is not None and not recomputing():
@@ -220,37 +231,18 @@ class Forced:
                 read(seen, args, kwargs, None)
 
         if read is not None and not any(m is module for m in layer.block.modules()):
-            self._handles.append(
-                module.register_forward_pre_hook(untraced(look_ahead), with_kwargs=True)
-            )
-        elif around is not None:
-            self._handles += [
-                module.register_forward_pre_hook(untraced(surround)),
-                module.register_forward_hook(untraced(leave), always_call=True),
-            ]
-        elif tap.when == "input":
+            self._before(module, look_ahead, with_kwargs=True)
+            return
+        if around is not None:
+            self._before(module, surround)
+            self._after(module, leave, always_call=True)
+            return
+        if tap.when == "input":
             if self._give_weights:  # before anyone looks at what the experts are given
-                self._handles.append(
-                    module.register_forward_pre_hook(untraced(give), with_kwargs=True, prepend=True)
-                )
-            self._keep_look(
-                layer,
-                module,
-                module.register_forward_pre_hook(
-                    untraced(lambda m, a, k: look(a, k, None)), with_kwargs=True
-                ),
-            )
+                self._before(module, give, with_kwargs=True, prepend=True)
+            handle = self._before(module, lambda m, a, k: look(a, k, None), with_kwargs=True)
         else:
-            self._keep_look(
-                layer,
-                module,
-                module.register_forward_hook(
-                    untraced(lambda m, a, k, out: look(a, k, out)), with_kwargs=True
-                ),
-            )
-
-    def _keep_look(self, layer: MoELayer, module: nn.Module, handle: Any) -> None:
-        self._handles.append(handle)
+            handle = self._after(module, lambda m, a, k, out: look(a, k, out), with_kwargs=True)
         if module is not layer.block:  # those of the block itself stand in the order of the taps
             self._looks.setdefault(layer.block, []).append(handle)
 
@@ -293,11 +285,11 @@ class Forced:
             times = sum(p == path for p, _ in self._forward.ran)
             self._forward.ran[path, times] = None
             ticket = self._forward.ticket
-            if self._forward.learns:
-                self._memory.keep(layer.block, x, times, ticket)
         shape = () if x is None else tuple(x.shape[:-1])
         seen = self._seen_ahead.pop(layer.block, Observed())
         wanted = self._source.wanted(layer, times, ticket, shape, seen.token_T)
+        if not again and self._forward is not None and self._forward.learns:
+            self._memory.keep(layer.block, x, times, ticket, wanted)
         choice = None
         if wanted is not None:  # also where ids are given to the experts: the router agrees then
             choice = Choice(
@@ -338,14 +330,31 @@ class Forced:
                 remove(self._mode)
 
     def _clean_up(self) -> None:
-        """Whatever an exception left behind."""
+        """Whatever an exception left behind: after one like KeyboardInterrupt no hook runs."""
         self._forward = None
+        while self._contexts:
+            self._contexts.pop()[1].__exit__(None, None, None)
         self._calls.clear()
         self._seen_ahead.clear()
         self._mode.open.clear()
         remove(self._mode)
 
 
-def untraced(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep torch.compile from tracing the hook: it breaks the graph here and calls it as it is."""
-    return torch.compiler.disable(hook)  # type: ignore[no-any-return,no-untyped-call]
+def _own(module: nn.Module, hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook of this module alone: a copy that took it along is not forced.
+
+    torch.compile does not trace it: it breaks the graph there and calls it as it is.
+    """
+
+    def own(m: nn.Module, *given: Any) -> Any:
+        return hook(m, *given) if m is module else None
+
+    return torch.compiler.disable(own)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def _refuse_replica(module: nn.Module, *given: Any) -> None:
+    if getattr(module, "_is_replica", False):
+        raise SteeringError(
+            "DataParallel runs copies of the model in threads of their own, which cannot be "
+            "forced: use DistributedDataParallel."
+        )

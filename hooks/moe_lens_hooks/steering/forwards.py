@@ -50,9 +50,8 @@ class ByForward:
                 f"{self.name} holds {len(self._recorded.forwards)} forwards, and all of them were "
                 "replayed. To start over, call rewind()."
             )
-        number, self._next = self._next, self._next + 1
-        self._check_text(number, inputs)
-        return number
+        self._check_text(self._next, inputs)
+        return self._next
 
     def wanted(
         self,
@@ -91,6 +90,7 @@ class ByForward:
                     f"{rows.info.path} did not run in this forward, but has decisions in "
                     f"{self._place(ticket)} of {self.name}."
                 )
+        self._next = ticket + 1  # not before: a forward that raised may be tried again
         return self._recorded.sizes[ticket], 0
 
     def rewind(self) -> None:

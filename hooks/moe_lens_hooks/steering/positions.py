@@ -33,7 +33,7 @@ Name = int | str
 Ints = NDArray[np.int64]
 
 
-@dataclass
+@dataclass(eq=False)
 class _Forward:
     """A ticket: a forward, and where its tokens stand among the recorded ones."""
 
@@ -41,6 +41,8 @@ class _Forward:
     past: int
     sequences: list[int] | None = None
     """Places in `History.sequences`, one for each sequence of the batch."""
+    following: int = 0
+    """How many of them are the next ones in the order in which they were recorded."""
     row_T: dict[str, Ints] = field(default_factory=dict)
     """By stream: row of the history; -1: no decision."""
     forced: int = 0
@@ -101,6 +103,9 @@ class ByPosition:
         if idle and not forward.past:
             raise SteeringError(f"{idle[0]} did not run, but has decisions in {self.name}.")
         forward.inputs = {}
+        # Not before: a forward that raised may be tried again.
+        self._next += forward.following
+        self._running = forward.sequences or self._running
         return forward.forced, forward.own
 
     def rewind(self) -> None:
@@ -117,7 +122,7 @@ class ByPosition:
     def _locate(self, forward: _Forward, stream: str, shape: tuple[int, ...], whole: bool) -> None:
         placed = place(forward.inputs, stream, shape if whole else (), forward.past, self._layout)
         if forward.sequences is None:
-            forward.sequences = self._assign(placed.runs, forward.past)
+            forward.sequences = self._assign(forward, placed.runs)
         if len(forward.sequences) != placed.runs:
             raise SteeringError(
                 f"the {stream} stream of this batch has {placed.runs} sequences, the other "
@@ -135,23 +140,22 @@ class ByPosition:
         if stream == "main":
             self._check_text(forward, row_T)
 
-    def _assign(self, runs: int, past: int) -> list[int]:
+    def _assign(self, forward: _Forward, runs: int) -> list[int]:
         """Recorded sequences of a batch of so many."""
-        if past and len(self._running) == runs:
+        if forward.past and len(self._running) == runs:
             return self._running
         known = self._history.sequences
         if self._named is not None:
             chosen = self._named
         else:
             chosen = list(range(self._next, min(self._next + runs, len(known))))
-            self._next += runs
+            forward.following = runs
         if len(chosen) != runs:
             said = "were named" if self._named is not None else f"of {len(known)} are left"
             raise SteeringError(
                 f"this batch has {runs} sequences, but {len(chosen)} recorded ones {said} in "
                 f"{self.name}. Name one for each with rows([...]), or start over with rewind()."
             )
-        self._running = chosen
         return chosen
 
     def _check_lengths(self, forward: _Forward, stream: str, placed: Placed, row_T: Ints) -> None:

@@ -282,6 +282,49 @@ def test_a_router_that_drops_in_another_way_is_refused(tmp_path):
             moe_lens.record(model, tmp_path / name)
 
 
+OTHER_DROPPING = """
+def dropping({names}, **options):
+    return drop({values}, **options)
+
+def get_capacity({asked}):
+    raise KeyError("another way")
+"""
+
+
+def other_dropping(monkeypatch, names, asked="num_tokens, num_experts, capacity_factor"):
+    """The router drops by a function that does the same, but is another."""
+    values = ", ".join(name.partition("=")[0] for name in names.split(", "))
+    namespace = {"drop": router_module.apply_router_token_dropping}
+    exec(OTHER_DROPPING.format(names=names, values=values, asked=asked), namespace)
+    monkeypatch.setattr(router_module, "apply_router_token_dropping", namespace["dropping"])
+
+
+@pytest.mark.parametrize(
+    ("names", "asked"),
+    [
+        ("routing_probs, routing_map, router_topk, factor=0.8", "num_tokens, num_experts"),
+        ("routing_probs, routing_map, router_topk, capacity_factor", "tokens, experts, factor"),
+    ],
+)
+def test_dropping_with_other_arguments_is_refused(names, asked, monkeypatch, tmp_path):
+    other_dropping(monkeypatch, names, asked)
+    with pytest.raises(UnsupportedRouter, match="drops tokens in a way"):
+        moe_lens.record(megatron.layer(**LAYERS["probs"]), tmp_path / "run", layout="sb")
+
+
+def test_dropping_that_cannot_be_read_is_a_breach_and_does_not_end_the_forward(
+    x, monkeypatch, tmp_path
+):
+    model = megatron.layer(**LAYERS["probs"])
+    want = model(x)[0]
+    other_dropping(monkeypatch, "routing_probs, routing_map, router_topk, capacity_factor")
+    got = []
+    model.register_forward_hook(lambda m, args, out: got.append(out[0]))
+    with pytest.raises(CaptureBreach, match="dropping could not be read"):
+        recorded(model, x, tmp_path / "run")
+    assert torch.equal(got[0], want)
+
+
 def test_experts_given_other_rows_are_a_breach(x, tmp_path):
     model = megatron.layer()
     model.experts.register_forward_pre_hook(

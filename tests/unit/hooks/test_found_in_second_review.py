@@ -314,7 +314,7 @@ def test_what_we_stumble_over_does_not_end_the_forward(run, monkeypatch, where):
 def test_tracing_records_nothing_and_breaks_nothing(run):
     model = TinyModel().eval()
     with torch.no_grad(), moe_lens.record(model, run):
-        with pytest.warns(DeprecationWarning):
+        with pytest.warns(DeprecationWarning, match="torch.jit.trace"):
             torch.jit.trace(model, (IDS,), check_trace=False)
         model(IDS)
     assert frame(run, "steps").tokens.tolist() == [12]

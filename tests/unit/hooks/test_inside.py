@@ -459,3 +459,17 @@ def test_a_block_proves_itself_once_for_each_way_it_runs(ids, tmp_path):
     assert counts[1] == counts[3] == counts[4] == 1
     assert 5 < counts[0] < 30
     assert 5 < counts[2] < 30
+
+
+def test_another_default_device_is_left_to_the_user(ids, tmp_path):
+    """What the trials make on the host stays there: meta tensors hold nothing."""
+    model = build("softmax_topk", blocks=1)
+    x = inputs_of(model, ids)[0]
+    torch.set_default_device("meta")
+    try:
+        record(model, tmp_path / "run", ids, steps=2)
+    finally:
+        torch.set_default_device(None)
+    assert sets_agree(
+        captured(tmp_path / "run", 0, 1), arithmetic("softmax_topk", model.blocks[0], x)
+    )

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from moe_lens_hooks.adapter import Observed
 from moe_lens_hooks.describe import Describer, Given
@@ -164,6 +165,50 @@ def test_sigmoid_router_entropy_is_of_the_normalised_sigmoids():
     counts, _, _ = reduced(seen, describe(1, 64, None, None), meaning)
     p = (s / s.sum(-1, keepdim=True)).double().numpy()
     assert float(counts["entropy_sum_G"]) == pytest.approx(-(p * np.log(p)).sum(), rel=1e-5)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("handed", [False, True])
+def test_a_bias_that_moved_after_it_was_held_gives_no_margin(handed, layers):
+    torch.manual_seed(0)
+    z, router = torch.randn(64, E), nn.Module()
+    router.register_buffer("e_score_correction_bias", torch.linspace(-0.4, 0.4, E))
+    bias = router.e_score_correction_bias
+    ids = (z.sigmoid() + bias).topk(K).indices
+    seen = [Observed(ids, z.sigmoid().gather(1, ids), z) for _ in range(layers)]
+    for x in seen:
+        x.held["bias_E"] = (bias, bias._version)
+        x.bias_E = bias if handed else None
+    meaning = learn(seen[0], None if handed else router, E)
+    assert meaning is not None
+    assert meaning.selection == "sigmoid+bias"
+    batch = describe(1, 64, None, None)
+
+    def margins():
+        both = reduce(seen, batch, [meaning] * layers, E, logits=False)
+        return both.counts["margin_sum_G"], both.rows["margin_N"], both.counts["entropy_sum_G"]
+
+    best = (z.sigmoid() + bias).sort(-1, descending=True).values
+    want, entropy = float((best[:, K - 1] - best[:, K]).sum()), margins()[2]
+    assert margins()[0].flatten().tolist() == pytest.approx([want] * layers, rel=1e-5)
+    router.e_score_correction_bias = bias + 1  # another tensor: the one that was used is as it was
+    assert margins()[0].flatten().tolist() == pytest.approx([want] * layers, rel=1e-5)
+    bias.add_(0.01)
+    assert margins()[0].isnan().all()
+    assert margins()[1].isnan().all()
+    assert torch.equal(margins()[2], entropy)
+
+
+def test_a_bias_that_was_copied_is_the_one_that_was_used():
+    torch.manual_seed(0)
+    z, bias = torch.randn(64, E), torch.linspace(-0.4, 0.4, E)
+    ids = (z.sigmoid() + bias).topk(K).indices
+    seen = Observed(ids, z.sigmoid().gather(1, ids), z, bias_E=bias)
+    meaning = learn(seen, None, E)
+    want = reduced(seen, describe(1, 64, None, None), meaning)[0]["margin_sum_G"]
+    seen.held["bias_E"] = (bias.clone(), -1)
+    bias.add_(torch.randn(E))
+    assert torch.equal(reduced(seen, describe(1, 64, None, None), meaning)[0]["margin_sum_G"], want)
 
 
 @settings(max_examples=30, deadline=None)

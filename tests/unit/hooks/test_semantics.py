@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from moe_lens_hooks.adapter import Observed
-from moe_lens_hooks.semantics import learn, probabilities
+from moe_lens_hooks.semantics import learn, probabilities, selection_bias
 
 T, E, K = 200, 8, 3
 
@@ -213,3 +213,17 @@ def test_a_router_that_ranks_in_half_precision_is_explained_as_far_as_it_rounds(
     missed = exact.gather(1, ids).amin(-1) < exact.scatter(1, ids, -torch.inf).amax(-1)
     assert 10 < missed.sum() < 200  # it would not be explained without room
     assert learned(z.float(), ids, s.float().gather(1, ids), None, bias).selection is None
+
+
+def test_the_selection_bias_of_a_router_is_its_own_tensor():
+    router = nn.Module()
+    assert selection_bias(None, E) is None
+    assert selection_bias(router, E) is None
+    router = nn.Module()
+    router.register_buffer("e_score_correction_bias", torch.zeros(E))
+    for _ in range(2):
+        assert selection_bias(router, E) is router.e_score_correction_bias
+        router.e_score_correction_bias = torch.ones(E)
+    router = nn.Module()
+    router.e_score_correction_bias = nn.Parameter(torch.zeros(E))
+    assert selection_bias(router, E) is None

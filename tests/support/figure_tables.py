@@ -1,0 +1,266 @@
+"""Answers of every question that has a figure, made by hand: any size, any tags."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+TAGS = ("code", "prose")
+STEPS = (0, 10, 20)
+
+
+def answers(
+    layers: int = 3, experts: int = 4, tags: tuple[str, ...] = TAGS
+) -> dict[str, pd.DataFrame]:
+    """A data frame a question, with the columns that the question has."""
+    rng = np.random.default_rng(7)
+    made: dict[str, list[dict[str, Any]]] = {}
+
+    def add(question: str, **row: Any) -> None:
+        made.setdefault(question, []).append({"run": "run1", **row})
+
+    for layer in range(layers):
+        routed = rng.integers(1, 1000, experts)
+        if experts > 2:
+            routed[1] = 0
+        for e in range(experts):
+            share = routed[e] / routed.sum()
+            add(
+                "load_map",
+                layer=layer,
+                expert=e,
+                routed=int(routed[e]),
+                share=share,
+                ratio=share * experts,
+            )
+            add("request_load", layer=layer, expert=e, chosen=int(routed[e]) % 7 + (e == 0))
+        for step in STEPS:
+            add(
+                "load_over_time",
+                step=step,
+                layer=layer,
+                assignments=100 + step,
+                max_over_mean=1 + rng.random(),
+                overflow_rate=0.2 + 0.01 * layer,
+                dropped_rate=0.1 + 0.01 * layer,
+            )
+            for tag in tags:
+                add(
+                    "router_over_time",
+                    step=step,
+                    layer=layer,
+                    tag=tag,
+                    tokens=50 + layer,
+                    entropy=rng.random(),
+                    entropy_norm=rng.random(),
+                    margin=rng.random(),
+                    top1_prob=rng.random(),
+                    zloss=9 * rng.random(),
+                )
+            add(
+                "all_to_all",
+                step=step,
+                layer=layer,
+                forwards=3,
+                dispatch_ms=1.5 + layer,
+                combine_ms=None,
+            )
+        for i, tag in enumerate(tags):
+            add(
+                "dropped_tokens",
+                layer=layer,
+                tag=tag,
+                tokens=100,
+                routed=200,
+                processed=170 - layer,
+                overflowed=30 + layer,
+                dropped=20 + layer + i,
+                rerouted_in=10 - i,
+                unserved_tokens=5,
+                overflow_rate=(30 + layer) / 200,
+                dropped_rate=(20 + layer + i) / 200,
+                unserved_rate=0.05,
+            )
+            add(
+                "router_confidence",
+                layer=layer,
+                tag=tag,
+                tokens=100 + i,
+                nonfinite_tokens=0,
+                entropy=rng.random(),
+                entropy_norm=rng.random(),
+                margin=rng.random(),
+                top1_prob=rng.random(),
+                zloss=rng.random(),
+            )
+        for factor in (0.5, 1.0, 2.0):
+            add(
+                "capacity_sweep",
+                layer=layer,
+                capacity_factor=factor,
+                dropped_share=0.4 / factor**6 + 0.001 * layer,
+                choices=100 * (layer + 1),
+                source="counts",
+                covered=1.0,
+            )
+        for position in (0, 16):
+            add(
+                "unserved_by_position",
+                layer=layer,
+                position=position,
+                tokens=40,
+                unserved=4,
+                unserved_rate=0.1,
+                dropped=20,
+                dropped_rate=0.25 + position / 100,
+            )
+        for low, high, n in ((0.0, 10**-7.5, 1), (10**-3.5, 1e-3, 3), (1e-1, None, 4)):
+            add("near_ties", layer=layer, low=low, high=high, tokens=n, share=n / 8)
+        add(
+            "repetition",
+            layer=layer,
+            pairs=10 * (layer + 1),
+            repeated_share=0.4 + 0.01 * layer,
+            chance=0.25,
+            lift=1.6 + 0.04 * layer,
+        )
+    for step in STEPS:
+        add(
+            "expert_over_time",
+            step=step,
+            routed=100 + step,
+            share=0.3,
+            ratio=1.2 + step / 100,
+            overflowed=20,
+            dropped=10,
+        )
+        for phase in ("train", "eval"):
+            add(
+                "forwards_over_time",
+                step=step,
+                phase=phase,
+                forwards=2,
+                tokens=512,
+                host_ms=20.0 + step,
+                tokens_per_second=1e4 + step,
+                lost_rows=0,
+                breaches=0,
+            )
+    for i, tag in enumerate(tags):
+        add(
+            "expert_tags",
+            tag=tag,
+            routed=30 + i,
+            share=(30 + i) / 61,
+            overall_share=0.5,
+            lift=(30 + i) / 30.5,
+        )
+        for place in (1, 2):
+            add(
+                "hottest_experts",
+                tag=tag,
+                place=place,
+                layer=place % layers,
+                expert=i % experts,
+                routed=300 + i,
+                share=0.3,
+                overall_share=0.1,
+                lift=3.0 + i - place,
+            )
+        for phase in ("train", "eval"):
+            add(
+                "loss_by_tag",
+                phase=phase,
+                tag=tag,
+                tokens=100,
+                sequences=4,
+                loss_tokens=90,
+                loss=2.0 + i,
+            )
+        add(
+            "quality_by_tag",
+            tag=tag,
+            tokens=100,
+            loss_tokens=90,
+            loss=2.0 + i,
+            dropped_rate=0.1 + i,
+            unserved_rate=0.01,
+            entropy_norm=0.8,
+        )
+        for dropped in (False, True):
+            add(
+                "quality_of_dropped",
+                tag=tag,
+                dropped=dropped,
+                tokens=10 + 30 * i,
+                loss=2.0 + dropped * (1 + i),
+                loss_se=0.1,
+            )
+    for position in (0, 16, 32):
+        add(
+            "expert_positions",
+            position=position,
+            tokens=16,
+            chosen=4 + position // 16,
+            share=(4 + position // 16) / 16,
+        )
+    for a in range(experts):
+        add(
+            "expert_companions",
+            companion=a,
+            together=50 - a,
+            share=(50 - a) / 100,
+            expected=25.0,
+            lift=(50 - a) / 25,
+        )
+        for b in range(experts):
+            add(
+                "layer_transitions",
+                expert=a,
+                next_expert=b,
+                tokens=a + b + 1,
+                share=(a + b + 1) / sum(a + c + 1 for c in range(experts)),
+            )
+            if a != b:
+                n = 0 if {a, b} == {0, 1} else 20 + min(a, b)
+                add(
+                    "co_activation",
+                    expert=a,
+                    other=b,
+                    together=n,
+                    share=n / 100,
+                    expected=20.0,
+                    lift=n / 20,
+                )
+    return {question: pd.DataFrame(rows) for question, rows in made.items()}  # fmt: skip
+
+
+FIGURES = {
+    "all_to_all": "all_to_all",
+    "capacity_curve": "capacity_sweep",
+    "co_activation": "co_activation",
+    "drops_by_layer": "dropped_tokens",
+    "drops_by_tag": "dropped_tokens",
+    "drops_over_time": "load_over_time",
+    "entropy_by_layer": "router_confidence",
+    "expert_companions": "expert_companions",
+    "expert_over_time": "expert_over_time",
+    "expert_positions": "expert_positions",
+    "expert_tags": "expert_tags",
+    "forwards_over_time": "forwards_over_time",
+    "hottest": "hottest_experts",
+    "load_heatmap": "load_map",
+    "load_over_time": "load_over_time",
+    "loss_by_tag": "loss_by_tag",
+    "near_ties": "near_ties",
+    "quality_by_tag": "quality_by_tag",
+    "quality_of_dropped": "quality_of_dropped",
+    "repetition": "repetition",
+    "request_load": "request_load",
+    "router_over_time": "router_over_time",
+    "transitions": "layer_transitions",
+    "unserved_by_position": "unserved_by_position",
+}
+"""Figure to the question whose answer it takes."""
