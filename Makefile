@@ -16,7 +16,7 @@ BENCHMARKS = $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
 # The browser is only for the browser tests.
 BROWSER := $(if $(wildcard tests/browser/test_*.py),chromium)
 
-.PHONY: help install frameworks chromium demo test test-frameworks lint format bench models clean
+.PHONY: help install frameworks chromium demo dashboard screenshots test test-frameworks lint format bench models clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -58,6 +58,12 @@ chromium:  ## install Debian's Chromium for the browser tests, where that is pos
 
 demo: install  ## train a small MoE for two minutes, record it, print the report
 	$(BIN)/moe-lens demo --force
+
+dashboard: install  ## look at the runs in traces/ in a browser (RUN=traces/demo: at one)
+	$(BIN)/moe-lens dashboard $(or $(RUN),traces)
+
+screenshots: install chromium  ## pictures of every page on the demo's trace, into docs/images
+	PYTHONPATH=tests $(BIN)/python -m support.screenshots traces/demo docs/images
 
 test: lint $(BROWSER)  ## lint, then every test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from moe_lens.commands.dashboard import dashboard
 from moe_lens.commands.demo import demo
 from moe_lens.commands.diff import diff
 from moe_lens.commands.info import info
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, info, report, diff, query, recover):
+for command in (demo, info, report, dashboard, diff, query, recover):
     app.command()(command)
 # What stands after SCRIPT is the script's.
 app.command(context_settings={"allow_interspersed_args": False})(record)
@@ -56,6 +57,7 @@ def root(
     moe-lens demo                             watch a small MoE language model learn
     moe-lens record train.py                  record the MoE models of any script
     moe-lens report traces/run1               where its tokens went
+    moe-lens dashboard traces/run1            look at it in a browser
     moe-lens query traces/run1 "from load"    ask anything in SQL
     """  # noqa: D301  (\b keeps the lines as they are)
 

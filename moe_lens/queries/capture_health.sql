@@ -5,6 +5,7 @@
 -- $first_step int = null: first step that counts
 -- $last_step int = null: last step that counts
 -- $phase text = null: only this phase
+-- $rank int = null: only this rank
 select
   run, phase,
   count(distinct step) as steps,
@@ -20,5 +21,6 @@ from steps
 where ($first_step is null or step >= $first_step)
   and ($last_step is null or step <= $last_step)
   and ($phase is null or phase = $phase)
+  and ($rank is null or rank = $rank)
 group by run, phase
 order by run, phase

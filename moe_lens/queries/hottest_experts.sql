@@ -4,16 +4,21 @@
 -- $first_step int = null: first step that counts
 -- $last_step int = null: last step that counts
 -- $phase text = null: only this phase
--- $top int = 5: experts per tag
--- $by text = lift: rank by lift or by share
+-- $tag text = null: only this tag
+-- $rank int = null: only this rank
+-- $first_layer int = null: first layer that counts
+-- $last_layer int = null: last layer that counts
+-- $top int = 5 (1 or more): experts per tag
+-- $by text = lift (lift or share): what to rank by
 -- $min_routed int = 100: choices by the tag below which an expert does not appear
 with by_tag as (
   select l.run, l.tag, l.layer, l.expert, cast(sum(l.routed) as double) as routed
-  from load as l
+  from load_between($first_step, $last_step) as l
   join moe_layers as m on m.run = l.run and m.layer = l.layer and l.expert < m.experts
-  where ($first_step is null or l.step >= $first_step)
-    and ($last_step is null or l.step <= $last_step)
-    and ($phase is null or l.phase = $phase)
+  where ($phase is null or l.phase = $phase)
+    and ($rank is null or l.rank = $rank)
+    and ($first_layer is null or l.layer >= $first_layer)
+    and ($last_layer is null or l.layer <= $last_layer)
   group by l.run, l.tag, l.layer, l.expert
 ),
 shares as (
@@ -35,7 +40,7 @@ ranked as (
       order by case when $by = 'share' then share else lift end desc, layer, expert
     ) as place
   from lifted
-  where routed >= $min_routed
+  where routed >= $min_routed and ($tag is null or tag = $tag)
 )
 select
   run, tag, place, layer, expert, cast(routed as bigint) as routed, share, overall_share, lift

@@ -7,20 +7,33 @@
 -- $first_step int = null: first step that counts
 -- $last_step int = null: last step that counts
 -- $phase text = null: only this phase
+-- $tag text = null: only this tag
+-- $rank int = null: only this rank
+-- $first_layer int = null: first layer that counts
+-- $last_layer int = null: last layer that counts
 with loads as (
   select run, layer, expert, sum(routed) as routed
-  from load
-  where ($first_step is null or step >= $first_step)
-    and ($last_step is null or step <= $last_step)
-    and ($phase is null or phase = $phase)
+  from load_between($first_step, $last_step)
+  where ($phase is null or phase = $phase)
+    and ($tag is null or tag = $tag)
+    and ($rank is null or rank = $rank)
+    and ($first_layer is null or layer >= $first_layer)
+    and ($last_layer is null or layer <= $last_layer)
   group by run, layer, expert
 ),
 routed_tokens as (
   select run, layer, sum(tokens) as tokens
-  from layers
+  from (
+    select run, rank, step, phase, layer, tokens from layers where $tag is null
+    union all
+    select run, rank, step, phase, layer, tokens from routers where tag = $tag
+  ) as counted
   where ($first_step is null or step >= $first_step)
     and ($last_step is null or step <= $last_step)
     and ($phase is null or phase = $phase)
+    and ($rank is null or rank = $rank)
+    and ($first_layer is null or layer >= $first_layer)
+    and ($last_layer is null or layer <= $last_layer)
   group by run, layer
 ),
 real as (
@@ -50,6 +63,8 @@ known as (
   from moe_layers as m
   left join routed_tokens as t on t.run = m.run and t.layer = m.layer
   left join summed as s on s.run = m.run and s.layer = m.layer
+  where ($first_layer is null or m.layer >= $first_layer)
+    and ($last_layer is null or m.layer <= $last_layer)
 ),
 judged as (
   select

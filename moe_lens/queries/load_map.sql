@@ -3,15 +3,24 @@
 -- $first_step int = null: first step that counts
 -- $last_step int = null: last step that counts
 -- $phase text = null: only this phase
+-- $tag text = null: only this tag
+-- $rank int = null: only this rank
+-- $first_layer int = null: first layer that counts
+-- $last_layer int = null: last layer that counts
 with wanted as (
-  select run, layer, unnest(range(experts)) as expert, experts from moe_layers
+  select run, layer, unnest(range(experts)) as expert, experts
+  from moe_layers
+  where ($first_layer is null or layer >= $first_layer)
+    and ($last_layer is null or layer <= $last_layer)
 ),
 counted as (
   select run, layer, expert, sum(routed) as routed
-  from load
-  where ($first_step is null or step >= $first_step)
-    and ($last_step is null or step <= $last_step)
-    and ($phase is null or phase = $phase)
+  from load_between($first_step, $last_step)
+  where ($phase is null or phase = $phase)
+    and ($tag is null or tag = $tag)
+    and ($rank is null or rank = $rank)
+    and ($first_layer is null or layer >= $first_layer)
+    and ($last_layer is null or layer <= $last_layer)
   group by run, layer, expert
 ),
 filled as (

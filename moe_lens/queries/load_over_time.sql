@@ -1,22 +1,29 @@
 -- Imbalance and drops over time, per layer.
 -- max_over_mean is of the bucket's summed counts: wider buckets average out, and are lower. A window
--- of several steps counts at its first.
+-- of several steps counts at its first, and so does a run of up to 64 windows where $every is 64 or more
+-- and no steps are asked for: long runs are then summed from load_coarse.
 -- $first_step int = null: first step that counts
 -- $last_step int = null: last step that counts
 -- $phase text = null: only this phase
--- $every int = 1: steps per bucket
+-- $tag text = null: only this tag
+-- $rank int = null: only this rank
+-- $first_layer int = null: first layer that counts
+-- $last_layer int = null: last layer that counts
+-- $every int = 1 (1 or more): steps per bucket
 with loads as (
   select
-    l.run, l.step - l.step % $every as step, l.layer, l.expert, m.experts,
+    l.run, l.step, l.layer, l.expert, m.experts,
     cast(sum(l.routed) as double) as routed,
     cast(sum(l.overflowed) as double) as overflowed,
     cast(sum(l.dropped) as double) as dropped
-  from load as l
+  from load_by_step($first_step, $last_step, $every) as l
   join moe_layers as m on m.run = l.run and m.layer = l.layer and l.expert < m.experts
-  where ($first_step is null or l.step >= $first_step)
-    and ($last_step is null or l.step <= $last_step)
-    and ($phase is null or l.phase = $phase)
-  group by l.run, l.step - l.step % $every, l.layer, l.expert, m.experts
+  where ($phase is null or l.phase = $phase)
+    and ($tag is null or l.tag = $tag)
+    and ($rank is null or l.rank = $rank)
+    and ($first_layer is null or l.layer >= $first_layer)
+    and ($last_layer is null or l.layer <= $last_layer)
+  group by l.run, l.step, l.layer, l.expert, m.experts
 )
 select
   run, step, layer,

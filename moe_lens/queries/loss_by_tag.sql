@@ -3,6 +3,8 @@
 -- $first_step int = null: first step that counts
 -- $last_step int = null: last step that counts
 -- $phase text = null: only this phase
+-- $tag text = null: only this tag
+-- $rank int = null: only this rank
 select
   run, phase, tag,
   cast(sum(tokens) as bigint) as tokens,
@@ -13,5 +15,7 @@ from slices
 where ($first_step is null or step >= $first_step)
   and ($last_step is null or step <= $last_step)
   and ($phase is null or phase = $phase)
+  and ($tag is null or tag = $tag)
+  and ($rank is null or rank = $rank)
 group by run, phase, tag
 order by run, phase, tag

@@ -6,6 +6,10 @@
 -- $first_step int = null: first step that counts
 -- $last_step int = null: last step that counts
 -- $phase text = null: only this phase
+-- $tag text = null: only this tag
+-- $rank int = null: only this rank
+-- $first_layer int = null: first layer that counts
+-- $last_layer int = null: last layer that counts
 -- $by_tag bool = true: one row per tag; false: all tags together, as tag 'all'
 with finite as (
   select
@@ -17,6 +21,10 @@ with finite as (
   where ($first_step is null or step >= $first_step)
     and ($last_step is null or step <= $last_step)
     and ($phase is null or phase = $phase)
+    and ($tag is null or tag = $tag)
+    and ($rank is null or rank = $rank)
+    and ($first_layer is null or layer >= $first_layer)
+    and ($last_layer is null or layer <= $last_layer)
 ),
 summed as (
   select

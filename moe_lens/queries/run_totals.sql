@@ -12,7 +12,7 @@ with counted as (
     cast(sum(breaches) as bigint) as breaches,
     cast(sum(fires_expected) as bigint) as fires_expected,
     cast(sum(fires_seen) as bigint) as fires_seen,
-    string_agg(distinct phase, chr(10)) as phases
+    string_agg(distinct phase, chr(10) order by phase) as phases
   from steps
   group by run
 ),

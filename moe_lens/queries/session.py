@@ -6,6 +6,7 @@ are named as the tables of the trace; answers leave as `Result`.
 
 from __future__ import annotations
 
+import html
 import threading
 from collections.abc import Iterable
 from pathlib import Path
@@ -145,6 +146,19 @@ class Trace:
     def __repr__(self) -> str:
         state = "closed" if self._closed else ", ".join(self._paths)
         return f"<moe_lens.Trace {state}>"
+
+    def _repr_html_(self) -> str:
+        if self._closed:
+            return f"<p>{html.escape(repr(self))}</p>"
+        return "".join(
+            f"<table><caption>{html.escape(run.run)}</caption>"
+            + "".join(
+                f"<tr><th>{html.escape(label)}</th><td>{html.escape(text)}</td></tr>"
+                for label, text in run.lines()
+            )
+            + "</table>"
+            for run in self.info().runs
+        )
 
     def _run(self, text: str, parameters: dict[str, object]) -> Result:
         if self._closed:

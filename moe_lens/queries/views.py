@@ -20,7 +20,7 @@ from moe_lens.errors import TraceError
 from moe_lens.queries.about import layers_table, runs_table
 from moe_lens.trace.reader import RunFiles, superseded_from
 from moe_lens.trace.rollup import straddles
-from moe_lens.trace.schema import LOAD_COARSE, Table, with_keys
+from moe_lens.trace.schema import BUCKET, LOAD_COARSE, Table, with_keys
 
 _RANK = r"'rank=(\d+)/seg-\d+\.parquet$'"
 
@@ -28,6 +28,28 @@ _NOT_OVERTAKEN = (
     " where not exists (select 1 from _superseded s where s.run = t.run and s.rank = t.rank "
     "and s.attempt = t.attempt and t.{step} >= s.step)"
 )
+
+_SUMS = ", ".join(c.name for c in LOAD_COARSE.columns if c.packing == "split")
+
+_MACROS = f"""
+create or replace macro load_between(first, last) as table
+select run, rank, last_step, phase, layer, tag, expert, {_SUMS} from load_coarse
+where first is null and last is null
+union all
+select run, rank, step, phase, layer, tag, expert, {_SUMS} from load
+where (first is not null or last is not null)
+  and (first is null or step >= first) and (last is null or step <= last);
+
+create or replace macro load_by_step(first, last, every) as table
+select run, rank, first_step - first_step % every as step, phase, layer, tag, expert, {_SUMS}
+from load_coarse
+where first is null and last is null and every >= {BUCKET}
+union all
+select run, rank, step - step % every as step, phase, layer, tag, expert, {_SUMS} from load
+where (first is not null or last is not null or every < {BUCKET})
+  and (first is null or step >= first) and (last is null or step <= last);
+"""  # noqa: S608
+"""`load` for sums over steps: from the rollup where no single steps are asked for."""
 
 
 def create_views(con: duckdb.DuckDBPyConnection, runs: Mapping[str, RunFiles]) -> list[str]:
@@ -47,6 +69,7 @@ def create_views(con: duckdb.DuckDBPyConnection, runs: Mapping[str, RunFiles]) -
         except duckdb.Error as e:
             raise TraceError(f"{_places(runs)}: table {table.name} cannot be read: {e}") from e
     con.execute(_coarse_view(runs, overtaken=superseded.num_rows > 0))
+    con.execute(_MACROS)
     for name, rows in (("moe_layers", layers_table(runs)), ("runs", runs_table(runs))):
         _register(con, f"_{name}", rows)
         con.execute(f"create or replace view {name} as select * from _{name}")  # noqa: S608

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from moe_lens.terminal.answers import Answers, Rows, total
+from moe_lens.numbers import count, percent
+from moe_lens.report.answers import Answers, Rows, total
 from moe_lens.terminal.grid import add_numbers, add_row, notes, table
-from moe_lens.terminal.numbers import count, percent
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -10,8 +10,8 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from moe_lens.numbers import NONE, count, decimal, percent
 from moe_lens.terminal.grid import NARROW, add_numbers, add_row, notes, table
-from moe_lens.terminal.numbers import NONE, count, decimal, percent
 from moe_lens.terminal.page import print_plain
 
 if TYPE_CHECKING:

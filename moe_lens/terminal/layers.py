@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from moe_lens.numbers import NONE, count, decimal
 from moe_lens.terminal.grid import NARROW, add_numbers, add_row, notes, table
-from moe_lens.terminal.numbers import NONE, count, decimal
 
 if TYPE_CHECKING:
-    from moe_lens.terminal.answers import Answers
+    from moe_lens.report.answers import Answers
 
 
 _ROOM = 70

@@ -10,7 +10,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from moe_lens.terminal.answers import Answers, gather
+from moe_lens.report.answers import Answers, gather
 from moe_lens.terminal.capacity import capacity
 from moe_lens.terminal.heading import heading
 from moe_lens.terminal.health import health

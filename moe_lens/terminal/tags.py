@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from moe_lens.numbers import NONE, count, decimal, percent, times
 from moe_lens.queries.info import phase_order
-from moe_lens.terminal.answers import Answers, total
+from moe_lens.report.answers import Answers, total
 from moe_lens.terminal.grid import add_numbers, add_row, notes, table
-from moe_lens.terminal.numbers import NONE, count, decimal, percent, times
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from support.traces import segment, stream, write_run
 
-COMMANDS = ("demo", "record", "info", "report", "query", "recover")
+COMMANDS = ("demo", "record", "info", "report", "query", "recover", "dashboard", "diff")
 
 
 def moe_lens(*words: object, **more: object) -> subprocess.CompletedProcess[str]:

@@ -9,100 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from support.traces import Written, layer_info, meta, segment, stream, write_run
+from support.asking import (
+    EXPERTS,
+    ask,
+    choices,
+    confidences,
+    fitting,
+    kept,
+    layers_of,
+    narrowed,
+    ratio,
+    relaxed,
+    routed_tokens,
+    same,
+    trace_of,
+)
+from support.traces import Rows, Written, write_run
 
 from moe_lens.queries.session import Trace, open_trace
-from moe_lens.trace.meta import write_meta
-
-EXPERTS, ZERO, LAYERS = 6, 2, 2
-PHASES, TAGS = ("train", "eval"), ("code", "prose")
-
-relaxed = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-
-small = st.integers(0, 5)
-
-
-@st.composite
-def choices(draw: st.DrawFn) -> dict[str, Any]:
-    """A row of `load` that keeps the invariants."""
-    processed, dropped, rerouted = draw(small), draw(small), draw(small)
-    return {
-        "step": draw(st.integers(0, 3)),
-        "phase": draw(st.sampled_from(PHASES)),
-        "layer": draw(st.integers(0, LAYERS - 1)),
-        "tag": draw(st.sampled_from(TAGS)),
-        "expert": draw(st.integers(0, EXPERTS + ZERO - 1)),
-        "routed": processed + dropped + rerouted,
-        "processed": processed,
-        "overflowed": dropped + rerouted,
-        "dropped": dropped,
-        "rerouted_in": draw(small),
-        "padding": draw(small),
-        "prob_sum": draw(st.sampled_from([None, 0.25, 1.5])),
-        "weight_sum": draw(st.sampled_from([None, 0.5])),
-    }
-
-
-narrowed = st.fixed_dictionaries(
-    {},
-    optional={
-        "first_step": st.integers(0, 3),
-        "last_step": st.integers(0, 3),
-        "phase": st.sampled_from(PHASES),
-    },
-)
-
-
-def routers(draw_tokens: int) -> list[dict[str, Any]]:
-    return [
-        {"step": step, "phase": phase, "layer": layer, "tag": tag,
-         "tokens": draw_tokens * (step + 1), "unserved_tokens": draw_tokens * (step % 2)}
-        for step in range(4) for phase in PHASES for layer in range(LAYERS) for tag in TAGS
-    ]  # fmt: skip
-
-
-def trace_of(folder: Path, **tables: list[dict[str, Any]]) -> Trace:
-    """Half of the rows sealed, half in an open stream, over two ranks."""
-    infos = [layer_info(i, EXPERTS, zero_experts=ZERO) for i in range(LAYERS)]
-    for rank in (0, 1):
-        write_meta(folder, meta(rank, world=2, layers=infos))
-    for table, rows in tables.items():
-        half = len(rows) // 2
-        segment(folder, table, rows[:half], rank=0)
-        if rows[half:]:
-            stream(folder, table, rows[half:], rank=1, batches=2)
-    return open_trace(folder)
-
-
-def kept(rows: list[dict[str, Any]], narrow: dict[str, Any]) -> list[dict[str, Any]]:
-    return [
-        r
-        for r in rows
-        if r["step"] >= narrow.get("first_step", -1)
-        and r["step"] <= narrow.get("last_step", 99)
-        and narrow.get("phase", r["phase"]) == r["phase"]
-    ]
-
-
-def ask(trace: Trace, name: str, narrow: dict[str, Any], *keys: str) -> dict[Any, dict[str, Any]]:
-    rows = trace.query(name, **narrow).rows()
-    found = {tuple(row[k] for k in keys): row for row in rows}
-    assert len(found) == len(rows), "a key came twice"
-    return found
-
-
-def ratio(a: float, b: float) -> float | None:
-    return a / b if b else None
-
-
-def same(got: float | None, expected: float | None) -> bool:
-    if got is None or expected is None:
-        return got is expected
-    return got == pytest.approx(expected, rel=1e-9)
 
 
 @relaxed
@@ -112,10 +38,10 @@ def test_expert_load(load: list[dict[str, Any]], narrow: dict[str, Any]) -> None
         got = ask(trace, "expert_load", narrow, "layer", "expert")
         quick = ask(trace, "load_map", narrow, "layer", "expert")
     assert quick == {k: {c: row[c] for c in quick[k]} for k, row in got.items()}
-    assert sorted(got) == [(la, e) for la in range(LAYERS) for e in range(EXPERTS)]
+    assert list(got) == [(la, e) for la in layers_of(narrow) for e in range(EXPERTS[la])]
     rows = kept(load, narrow)
     for (layer, expert), row in got.items():
-        of_layer = [r for r in rows if r["layer"] == layer and r["expert"] < EXPERTS]
+        of_layer = [r for r in rows if r["layer"] == layer and r["expert"] < EXPERTS[layer]]
         mine = [r for r in of_layer if r["expert"] == expert]
         for column in (
             "routed", "processed", "overflowed", "dropped", "rerouted_in", "padding",
@@ -127,51 +53,54 @@ def test_expert_load(load: list[dict[str, Any]], narrow: dict[str, Any]) -> None
         everything = sum(r["routed"] for r in of_layer)
         share = ratio(row["routed"], everything)
         assert same(row["share"], share)
-        assert same(row["ratio"], None if share is None else share * EXPERTS)
+        assert same(row["ratio"], None if share is None else share * EXPERTS[layer])
 
 
 @relaxed
-@given(load=st.lists(choices(), max_size=40), tokens=st.integers(0, 40), narrow=narrowed)
-def test_layer_balance(load: list[dict[str, Any]], tokens: int, narrow: dict[str, Any]) -> None:
-    layers = [
-        {"step": s, "phase": p, "layer": la, "tokens": tokens}
-        for s in range(4) for p in PHASES for la in range(LAYERS)
-    ]  # fmt: skip
+@given(
+    load=st.lists(choices(), max_size=40),
+    tokens=st.lists(routed_tokens(), max_size=20),
+    narrow=narrowed,
+)
+def test_layer_balance(load: Rows, tokens: Rows, narrow: dict[str, Any]) -> None:
+    layers = [{k: v for k, v in r.items() if k != "tag"} for r in tokens]
     with tempfile.TemporaryDirectory() as folder:
-        with trace_of(Path(folder), load=load, layers=layers) as trace:
+        with trace_of(Path(folder), load=load, layers=layers, routers=tokens) as trace:
             got = ask(trace, "layer_balance", narrow, "layer")
-    assert sorted(got) == [(layer,) for layer in range(LAYERS)]
+    assert list(got) == [(layer,) for layer in layers_of(narrow)]
     for (layer,), row in got.items():
-        n = [0] * EXPERTS
+        experts = EXPERTS[layer]
+        n = [0] * experts
         for r in kept(load, narrow):
-            if r["layer"] == layer and r["expert"] < EXPERTS:
+            if r["layer"] == layer and r["expert"] < experts:
                 n[r["expert"]] += r["routed"]
         routed = sum(n)
-        here = sum(r["tokens"] for r in kept(layers, narrow) if r["layer"] == layer)
-        assert (row["experts"], row["tokens"], row["assignments"]) == (EXPERTS, here, routed)
+        here = sum(r["tokens"] for r in kept(tokens, narrow) if r["layer"] == layer)
+        assert (row["experts"], row["tokens"], row["assignments"]) == (experts, here, routed)
         if routed == 0:
             assert row["max_over_mean"] is None
             assert row["dead_experts"] is None
             continue
         entropy = -sum(x / routed * math.log(x / routed) for x in n if x)
-        assert same(row["max_over_mean"], max(n) * EXPERTS / routed)
-        assert row["load_entropy"] == pytest.approx(entropy, abs=1e-12)
-        assert row["load_entropy_norm"] == pytest.approx(entropy / math.log(EXPERTS), abs=1e-12)
+        norm = entropy / math.log(experts) if experts > 1 else None
+        assert same(row["max_over_mean"], max(n) * experts / routed)
+        assert same(row["load_entropy"], entropy)
+        assert same(row["load_entropy_norm"], norm)
         assert same(row["effective_experts"], math.exp(entropy))
         if here == 0:
             assert row["dead_experts"] is None
             continue
-        chance = routed / here / EXPERTS
+        chance = routed / here / experts
         if chance >= 1:
             needed, floor = 1, 1.0
         else:
-            needed = math.ceil(math.log(EXPERTS / 1e-3) / -math.log(1 - chance))
-            mean = routed / EXPERTS
-            floor = 1 + math.sqrt(2 * math.log(EXPERTS) * (1 - chance) / mean)
+            needed = math.ceil(math.log(experts / 1e-3) / -math.log(1 - chance))
+            mean = routed / experts
+            floor = 1 + math.sqrt(2 * math.log(experts) * (1 - chance) / mean)
         assert row["tokens_needed"] == needed
         assert same(row["max_over_mean_floor"], floor)
         dead = sum(x == 0 for x in n)
-        dormant = sum(10 * EXPERTS * x < routed for x in n)
+        dormant = sum(10 * experts * x < routed for x in n)
         enough = here >= needed
         assert row["dead_experts"] == (dead if enough else None)
         assert row["dormant_experts"] == (dormant if enough else None)
@@ -180,14 +109,11 @@ def test_layer_balance(load: list[dict[str, Any]], tokens: int, narrow: dict[str
 @relaxed
 @given(
     load=st.lists(choices(), max_size=30),
-    tokens=st.integers(0, 9),
+    seen=st.lists(confidences(), max_size=15),
     by_tag=st.booleans(),
     narrow=narrowed,
 )
-def test_dropped_tokens(
-    load: list[dict[str, Any]], tokens: int, by_tag: bool, narrow: dict[str, Any]
-) -> None:
-    seen = routers(tokens)
+def test_dropped_tokens(load: Rows, seen: Rows, by_tag: bool, narrow: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         with trace_of(Path(folder), load=load, routers=seen) as trace:
             got = ask(trace, "dropped_tokens", {**narrow, "by_tag": by_tag}, "layer", "tag")
@@ -222,7 +148,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Written, Trace]:
     return written, open_trace(written.path)
 
 
-NARROW = [{}, {"phase": "train"}, {"first_step": 1, "last_step": 2}, {"phase": "nothing"}]
+NARROW = [
+    {},
+    {"phase": "train"},
+    {"first_step": 1, "last_step": 2},
+    {"phase": "nothing"},
+    {"tag": "prose", "rank": 1},
+    {"tag": "it's not there"},
+    {"first_layer": 1},
+    {"last_layer": 0, "rank": 0},
+]
 
 
 @pytest.mark.parametrize("narrow", NARROW)
@@ -264,11 +199,14 @@ def test_hottest_experts(run: tuple[Written, Trace], narrow: dict, by: str) -> N
     written, trace = run
     got = trace.query("hottest_experts", **narrow, by=by, top=3, min_routed=10).rows()
     n: Counter[Any] = Counter()
-    for r in kept(written.rows["load"], narrow):
+    of_all_tags = {k: v for k, v in narrow.items() if k != "tag"}
+    for r in kept(written.rows["load"], of_all_tags):
         if r["expert"] < 8:
             n[r["tag"], r["layer"], r["expert"]] += int(r["routed"])
     expected = []
     for tag in ("code", "prose"):
+        if narrow.get("tag", tag) != tag:
+            continue
         found = []
         for (t, layer, expert), routed in n.items():
             if t == tag and routed >= 10:
@@ -288,6 +226,7 @@ def test_hottest_experts(run: tuple[Written, Trace], narrow: dict, by: str) -> N
 @pytest.mark.parametrize("narrow", NARROW)
 def test_loss_by_tag(run: tuple[Written, Trace], narrow: dict) -> None:
     written, trace = run
+    narrow = fitting("loss_by_tag", narrow)
     got = ask(trace, "loss_by_tag", narrow, "phase", "tag")
     groups = defaultdict(list)
     for r in kept(written.rows["slices"], narrow):
@@ -323,6 +262,7 @@ def test_load_over_time(run: tuple[Written, Trace], narrow: dict, every: int) ->
 @pytest.mark.parametrize("narrow", NARROW)
 def test_capture_health(run: tuple[Written, Trace], narrow: dict) -> None:
     written, trace = run
+    narrow = fitting("capture_health", narrow)
     got = ask(trace, "capture_health", narrow, "phase")
     rows = kept(written.rows["steps"], narrow)
     assert sorted(got) == sorted({(r["phase"],) for r in rows})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moe_lens.terminal.numbers import count, percent, times
+from moe_lens.numbers import count, percent, times
 
 
 @pytest.mark.parametrize(

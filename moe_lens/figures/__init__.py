@@ -1,0 +1,1 @@
+"""One Plotly figure a file: the table of a stored question in, a `go.Figure` out."""

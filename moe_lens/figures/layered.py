@@ -1,0 +1,93 @@
+"""A value of every layer along an axis: a line each while they can be told apart, then a band."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from moe_lens.figures.columns import numbers
+
+MOST_LINES = 8
+"""Lines that one figure shows; there are as many colours."""
+_BAND = "rgba(128,136,150,0.22)"
+
+
+def layered(
+    made: go.Figure,
+    table: pd.DataFrame,
+    x: str,
+    value: str,
+    outstanding: object,
+    *,
+    form: str = ".3~f",
+) -> None:
+    """Draw `value` over `x` for every layer of the table.
+
+    With more layers than colours: the range over layers, their median, and one that stands out.
+
+    Args:
+        made: Gets the traces.
+        table: With the columns `layer`, `x` and `value`, one row for each pair of the first two.
+        x: Column along the axis.
+        value: Column to draw.
+        outstanding: The layer that stands out, the one of the title.
+        form: d3's format of the value, in hover texts.
+    """
+    wide = pd.DataFrame(
+        {"x": numbers(table, x), "layer": table["layer"], "value": numbers(table, value)}
+    ).pivot(index="x", columns="layer", values="value")
+    known = wide.loc[:, wide.notna().any()]
+    if len(known.columns) <= MOST_LINES:
+        for layer in known:
+            line(made, known.index, known[layer], f"layer {layer}", form)
+        return
+    # The lines come first, and so have the first colours; the band lies below them all the same.
+    line(made, known.index, known.median(axis=1), "median layer", form)
+    line(made, known.index, known[outstanding], f"layer {outstanding}", form)
+    _band(made, known, form)
+
+
+def _band(made: go.Figure, wide: pd.DataFrame, form: str) -> None:
+    """The range over layers, from the lowest to the highest at each x."""
+    low, high = wide.min(axis=1), wide.max(axis=1)
+    below = {"x": wide.index, "mode": "lines", "line_width": 0, "zorder": -1}
+    made.add_scatter(y=low, showlegend=False, hoverinfo="skip", **below)
+    made.add_scatter(
+        y=high,
+        fill="tonexty",
+        fillcolor=_BAND,
+        name=f"all {len(wide.columns)} layers",
+        customdata=np.column_stack([low, high]),
+        hovertemplate=f"%{{customdata[0]:{form}}} to %{{customdata[1]:{form}}}",
+        **below,
+    )
+    made.update_layout(legend_traceorder="normal")
+
+
+def line(made: go.Figure, x: object, y: object, name: str, form: str, **more: object) -> None:
+    """A line with exact numbers; points are marked where they are few.
+
+    Args:
+        made: Gets the trace.
+        x: Positions.
+        y: Values; NaN leaves a gap.
+        name: In the legend; must have gone through `text.shown` if it comes from data.
+        form: d3's format of the value.
+        more: What else `go.Scatter` takes.
+    """
+    few = len(x) <= 60  # type: ignore[arg-type]
+    made.add_scatter(
+        x=x,
+        y=y,
+        name=name,
+        mode="lines+markers" if few else "lines",
+        hovertemplate=f"%{{y:{form}}}",
+        **more,
+    )
+
+
+def steps(made: go.Figure, title: str = "step") -> None:
+    """An x axis of whole steps, and one hover text for all lines at a step."""
+    made.update_xaxes(title_text=title, tickformat=",d", hoverformat=",d")
+    made.update_layout(hovermode="x unified")

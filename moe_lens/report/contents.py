@@ -1,0 +1,130 @@
+"""What the HTML report shows: figures by section, each with the question behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import plotly.graph_objects as go
+
+from moe_lens.figures.all_to_all import all_to_all
+from moe_lens.figures.capacity_curve import capacity_curve
+from moe_lens.figures.drops_by_layer import drops_by_layer
+from moe_lens.figures.drops_by_tag import drops_by_tag
+from moe_lens.figures.drops_over_time import drops_over_time
+from moe_lens.figures.entropy_by_layer import entropy_by_layer
+from moe_lens.figures.forwards_over_time import forwards_over_time
+from moe_lens.figures.hottest import hottest
+from moe_lens.figures.load_heatmap import load_heatmap
+from moe_lens.figures.load_over_time import load_over_time
+from moe_lens.figures.loss_by_tag import loss_by_tag
+from moe_lens.figures.near_ties import near_ties
+from moe_lens.figures.quality_by_tag import quality_by_tag
+from moe_lens.figures.quality_of_dropped import quality_of_dropped
+from moe_lens.figures.repetition import repetition
+from moe_lens.figures.router_over_time import router_over_time
+from moe_lens.figures.unserved_by_position import unserved_by_position
+from moe_lens.queries.catalog import question
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from moe_lens.queries.info import RunInfo
+    from moe_lens.queries.session import Trace
+
+POINTS = 200
+"""Buckets of a line over time, at most about so many."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A figure of the report."""
+
+    name: str
+    question: str
+    draw: Callable[[pd.DataFrame], go.Figure]
+    wide: bool = False
+    over_time: bool = False
+
+
+@dataclass
+class Drawn:
+    """A figure, and what was asked for it."""
+
+    shown: Shown
+    figure: go.Figure
+    sql: str
+    parameters: dict[str, Any] = field(default_factory=dict)
+    """Those that differ from the question's defaults."""
+
+
+SECTIONS: dict[str, tuple[Shown, ...]] = {
+    "Load": (
+        Shown("load_heatmap", "load_map", load_heatmap, wide=True),
+        Shown("load_over_time", "load_over_time", load_over_time, over_time=True),
+        Shown("hottest", "hottest_experts", hottest),
+    ),
+    "Capacity": (
+        Shown("drops_by_layer", "dropped_tokens", drops_by_layer),
+        Shown("drops_by_tag", "dropped_tokens", drops_by_tag),
+        Shown("drops_over_time", "load_over_time", drops_over_time, over_time=True),
+        Shown("capacity_curve", "capacity_sweep", capacity_curve),
+        Shown("unserved_by_position", "unserved_by_position", unserved_by_position),
+    ),
+    "Router": (
+        Shown("router_over_time", "router_over_time", router_over_time, over_time=True),
+        Shown("entropy_by_layer", "router_confidence", entropy_by_layer),
+        Shown("near_ties", "near_ties", near_ties),
+        Shown("repetition", "repetition", repetition),
+    ),
+    "Quality": (
+        Shown("loss_by_tag", "loss_by_tag", loss_by_tag),
+        Shown("quality_by_tag", "quality_by_tag", quality_by_tag),
+        Shown("quality_of_dropped", "quality_of_dropped", quality_of_dropped),
+    ),
+    "Speed": (
+        Shown("forwards_over_time", "forwards_over_time", forwards_over_time, over_time=True),
+        Shown("all_to_all", "all_to_all", all_to_all, over_time=True),
+    ),
+}
+
+
+def draw(trace: Trace, info: RunInfo, phase: str | None) -> dict[str, list[Drawn]]:
+    """Ask and draw everything, of one run.
+
+    Args:
+        trace: An open trace.
+        info: Which run of it.
+        phase: Count this phase only.
+    """
+    every = _every(info)
+    asked: dict[tuple[str, int], pd.DataFrame] = {}
+    out: dict[str, list[Drawn]] = {}
+    for section, figures in SECTIONS.items():
+        for shown in figures:
+            steps = every if shown.over_time else 1
+            key = shown.question, steps
+            parameters = {"every": steps} if steps > 1 else {}
+            if phase is not None:
+                parameters["phase"] = phase  # type: ignore[assignment]
+            if key not in asked:
+                asked[key] = trace.query(shown.question, **parameters).df()
+            table = asked[key]
+            figure = shown.draw(table[table["run"] == info.run])
+            sql = question(shown.question).sql
+            out.setdefault(section, []).append(Drawn(shown, figure, sql, parameters))
+    return out
+
+
+def _every(info: RunInfo) -> int:
+    """Steps per bucket: 1, 2 or 5 times a power of ten, so that bounds are round."""
+    if info.first_step is None or info.last_step is None:
+        return 1
+    steps = info.last_step - info.first_step + 1
+    every = 1
+    for factor in (2, 5, 10) * 7:
+        if steps / every <= POINTS:
+            break
+        every = factor * 10 ** (len(str(every)) - 1)
+    return every
