@@ -5,8 +5,11 @@ the trace writer: a capacity of 1.25 filled in order of position (choices beyond
 six tags, vocabulary ids, a loss for every token. Then every stored question is asked with its
 defaults, and those that can be narrowed to one layer once more for the layer in the middle, in CPU
 time of all threads. Gates: each question of one layer at most 500 ms, the heat map (`load_map`) at
-most 300 ms (the medians of their repeats). `requests` is reported and not gated: it ranks every
-sequence of the run, whatever the layers.
+most 300 ms, those of the dashboard's Overview together at most 800 ms (medians of their repeats).
+`requests` is reported and not gated: it ranks every sequence of the run, whatever the layers.
+
+Then runs of counts alone, 1,000 and 10,000 steps: Overview's questions together, and the heat map,
+at most 3 times slower on the longer one.
 
     python benchmarks/questions.py [--quick] [RUN]
 
@@ -26,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 from _common import Report, cpu_seconds, progress, scratch, table
+from heat_map import write as write_counts
 from numpy.typing import NDArray
 from routing_generator import RoutingGenerator, Shape
 
@@ -35,6 +39,19 @@ from moe_lens.queries.session import Trace
 from moe_lens.trace.events import Forward, LayerCounts, Losses, SequenceRow
 from moe_lens.trace.meta import Attempt, LayerInfo, Meta
 from moe_lens.trace.writer import TraceWriter
+
+OVERVIEW: list[tuple[str, dict[str, object]]] = [
+    ("layer_balance", {}),
+    ("dropped_tokens", {"by_tag": False}),
+    ("router_confidence", {"by_tag": False}),
+    ("dead_experts", {}),
+    ("quality_by_tag", {}),
+    ("capture_health", {}),
+    ("all_to_all", {"every": 64}),
+    ("load_map", {}),
+    ("load_over_time", {"every": 64}),
+]
+"""What the dashboard's first page asks of a long run (views/overview.py)."""
 
 POOL = 32
 CAPACITY_FACTOR = 1.25
@@ -139,6 +156,40 @@ def works(layer: int) -> dict[str, tuple[str, dict[str, int]]]:
     return out
 
 
+def overview(trace: Trace, repeats: int) -> float:
+    """CPU ms of Overview's questions together, the median of the repeats."""
+
+    def ask() -> None:
+        for name, parameters in OVERVIEW:
+            trace.query(name, **parameters)
+
+    ask()
+    return 1e3 * statistics.median(cpu_seconds(ask) for _ in range(repeats))
+
+
+def longer(report: Report, steps: tuple[int, int], repeats: int) -> None:
+    """How much more runs of ten times the steps cost."""
+    found: dict[int, tuple[float, float]] = {}
+    with scratch() as folder:
+        for n in steps:
+            write_counts(folder / str(n), Shape(), n)
+            progress(f"{n} steps written")
+            with moe_lens.open(folder / str(n)) as trace:
+                trace.query("load_map")
+                map_ms = [cpu_seconds(lambda: trace.query("load_map")) for _ in range(repeats)]
+                found[n] = (overview(trace, repeats), 1e3 * statistics.median(map_ms))
+    few, many = (found[n] for n in steps)
+    table(
+        ["CPU ms", *(f"{n:,} steps" for n in steps)],
+        [[k, f"{few[i]:.0f}", f"{many[i]:.0f}"] for i, k in enumerate(("Overview", "load_map"))],
+    )
+    report.numbers["by_steps"] = {
+        str(n): {"overview": o, "load_map": m} for n, (o, m) in found.items()
+    }
+    report.gate("Overview, ten times the steps", many[0] / few[0], at_most=3)
+    report.gate("load_map, ten times the steps", many[1] / few[1], at_most=3)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -158,6 +209,9 @@ def main() -> int:
         if not run.exists():
             write(run, shape, forwards)
         trace: Trace = stack.enter_context(moe_lens.open(run))
+        together = overview(trace, repeats)
+        report.numbers["overview_cpu_ms"] = together
+        report.gate("Overview's questions together, CPU ms", together, at_most=800)
         for title, (name, parameters) in works(shape.layers // 2).items():
             rows[title] = len(trace.query(name, **parameters))  # warm: the files are in the cache
             taken[title] = [
@@ -177,6 +231,7 @@ def main() -> int:
         if title.endswith(", one layer") and not title.startswith("requests"):
             report.gate(f"{title}, CPU ms", ms, at_most=500)
     report.gate("load_map, CPU ms", middle["load_map"], at_most=300)
+    longer(report, (80, 800) if quick else (1000, 10_000), repeats)
     return report.finish(keep=not quick and arguments.run is None)
 
 

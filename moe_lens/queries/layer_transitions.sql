@@ -11,7 +11,7 @@
 -- $rank int = null: only this rank
 -- $layer int = 0: the layer that the tokens come from
 -- $top int = 0: transitions, most frequent first; 0: all
--- $most int = 65536: tokens to look at; null: all
+-- $most int = 40000: tokens to look at; null: all
 with thinning as (
   select run, greatest(1, cast(ceil(count(*) / cast($most as double)) as bigint)) as every
   from routing
