@@ -1,1 +1,1 @@
-"""The Streamlit dashboard. Nothing is here yet: `moe-lens report` shows a trace in the terminal."""
+"""The Streamlit dashboard; `moe-lens dashboard` starts it."""

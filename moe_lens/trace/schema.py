@@ -122,7 +122,7 @@ TABLES: dict[str, Table] = {
                 _count("capacity", "choices one expert takes per capacity group", nullable=True),
                 _count(
                     "capacity_groups",
-                    "groups of tokens that each have this capacity (1: the forward; else sequences)",
+                    "groups of tokens that each have this capacity (1: the whole forward)",
                     nullable=True,
                 ),
                 _count("max_load", "largest `processed` of one expert in one forward"),

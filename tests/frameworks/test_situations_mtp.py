@@ -79,6 +79,10 @@ def test_the_heads_of_transformers(tmp_path):
     main.config.num_mtp_layers = 2
     torch.manual_seed(0)
     heads = MtpModel(main, 2).eval()
+    for parameter in heads.parameters():  # some are made empty, to be loaded
+        nn.init.normal_(parameter, std=0.2)
+    for buffer in heads.buffers():
+        assert torch.isfinite(buffer).all()
     assert type(heads.layers[0].mtp_block.mlp).__name__ == "DeepseekV3MoE"
     ids = torch.randint(3, VOCAB, (1, 5))
     hidden = torch.randn(1, 5, main.config.hidden_size)

@@ -1,0 +1,95 @@
+"""The run that a page is about: `OpenRun` asks it stored questions within the sidebar's filters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from moe_lens.queries.catalog import question as stored
+from moe_lens.queries.info import RunInfo
+from moe_lens.queries.views import COARSE
+from moe_lens_dashboards.components import traces
+from moe_lens_dashboards.components.filters import Choices, Filters
+
+_POINTS = 240
+"""Buckets over time that a chart is drawn from at most."""
+
+_CELLS = 1_000_000
+"""Steps x layers x experts above which whole runs are drawn from `load_coarse`: summing counts step
+by step would take seconds. Narrowed to some steps, a chart shows them one by one."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """An answer, and what was asked."""
+
+    question: str
+    parameters: dict[str, Any]
+    table: pd.DataFrame
+    ignored: tuple[str, ...] = ()
+    """Filters that are set and that the question does not know."""
+
+    @property
+    def sql(self) -> str:
+        """The query with values put in."""
+        return stored(self.question).with_values(self.parameters)
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A run, and the filters that hold."""
+
+    path: str
+    name: str
+    """As the sidebar lists it."""
+    filters: Filters
+
+    @property
+    def info(self) -> RunInfo:
+        """What the run holds, whatever the filters."""
+        return traces.info(self.path)
+
+    def look(self) -> None:
+        """Look at the files again, where a page does so by itself (the sidebar just did).
+
+        Raises:
+            TraceError: The run cannot be read (any more).
+        """
+        traces.look(self.path)
+
+    def ask(self, question: str, **parameters: Any) -> Asked:
+        """Ask a stored question within the filters; what is named here comes before them.
+
+        Raises:
+            TraceError: The run cannot be read (any more).
+            QueryError: No such question, or a parameter that it does not take.
+        """
+        known = {p.name for p in stored(question).parameters}
+        given = self.filters.given()
+        ignored = tuple(k for k in given if k not in known and k not in parameters)
+        asked = {k: v for k, v in given.items() if k in known} | parameters
+        return Asked(question, asked, traces.answer(self.path, question, asked), ignored)
+
+    def every(self) -> int:
+        """Steps per bucket with which a chart over the filtered time is readable, and quick."""
+        info, filters = self.info, self.filters
+        first = filters.first_step if filters.first_step is not None else info.first_step or 0
+        last = filters.last_step if filters.last_step is not None else info.last_step or 0
+        every = max(1, -(-(last - first + 1) // _POINTS))
+        whole = filters.first_step is None and filters.last_step is None
+        cells = info.steps * sum(x.experts for x in info.layers)
+        return max(every, COARSE) if whole and cells > _CELLS else every
+
+
+def choices(path: str) -> Choices:
+    """Look at a run's files, and say what its filters choose from.
+
+    Raises:
+        TraceError: It cannot be read.
+    """
+    traces.look(path)
+    info = traces.info(path)
+    tags = sorted(set(traces.answer(path, "loss_by_tag", {})["tag"]))
+    return Choices([x.layer for x in info.layers], info.phases, tags, info.ranks)

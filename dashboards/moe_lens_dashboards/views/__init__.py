@@ -1,0 +1,1 @@
+"""One page a file: a function `page(run)`. `pages.py` lists them."""
