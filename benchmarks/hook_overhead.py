@@ -65,9 +65,9 @@ class HookTime:
         self.seconds = 0.0
         self.hook = moe_lens_hooks.attach._hook
 
-    def wrap(self, plain: Callable[..., None], traced: Callable[..., None]) -> Callable[..., None]:
+    def wrap(self, of: nn.Module | None, *forms: Callable[..., None]) -> Callable[..., None]:
         """In the place of `attach._hook`, which makes every hook."""
-        hook = self.hook(plain, traced)
+        hook = self.hook(of, *forms)
 
         def timed(*args: Any, **kwargs: Any) -> None:
             before = time.thread_time()
@@ -147,7 +147,7 @@ def whole(model: nn.Module, ids: Tensor, run: Path, tokens: float | None, rounds
 
 def main() -> int:
     quick = is_quick(__doc__)
-    forwards, repeats, rounds = (4, 1, 4) if quick else (64, 3, 40)
+    forwards, repeats, rounds = (4, 1, 4) if quick else (64, 2, 16)
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     torch.manual_seed(SEED)
