@@ -7,8 +7,7 @@ import math
 import sys
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
+from moe_lens.queries.files import csv_bytes, parquet_bytes
 from moe_lens.queries.result import Result
 
 
@@ -21,13 +20,7 @@ def to_text(answer: Result, format: str, rows: int | None) -> str:
         rows: Rows that a table shows at most; None: all. The others always have all.
     """
     if format == "csv":
-        frame = answer.df()
-        for name in frame.columns:  # lists as JSON, not as numpy prints its arrays
-            if frame[name].map(lambda v: hasattr(v, "tolist") and v.ndim == 1).any():
-                frame[name] = [
-                    json.dumps(v.tolist()) if hasattr(v, "tolist") else v for v in frame[name]
-                ]
-        return str(frame.to_csv(index=False))
+        return csv_bytes(answer).decode()
     if format == "json":
         lines = [json.dumps(_finite(row), ensure_ascii=False, default=str) for row in answer.rows()]
         return "[" + ",\n ".join(lines) + "]\n"
@@ -36,10 +29,11 @@ def to_text(answer: Result, format: str, rows: int | None) -> str:
 
 def write_parquet(answer: Result, out: Path | None) -> None:
     """Write the answer as Parquet, to a file or to standard output."""
+    data = parquet_bytes(answer)
     if out is None:
-        pq.write_table(answer.arrow(), sys.stdout.buffer)
+        sys.stdout.buffer.write(data)
     else:
-        pq.write_table(answer.arrow(), out)
+        out.write_bytes(data)
 
 
 def _finite(value: object) -> object:
