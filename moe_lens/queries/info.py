@@ -8,9 +8,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from moe_lens.trace.schema import BUCKET
+
 if TYPE_CHECKING:
     from moe_lens.trace.meta import LayerInfo
     from moe_lens.trace.reader import RunFiles
+
+
+_POINTS = 240
+"""Buckets over time that a line is drawn from at most."""
+
+_CELLS = 1_000_000
+"""Steps x layers x experts above which whole runs are drawn from `load_coarse`."""
 
 
 @dataclass
@@ -67,6 +76,27 @@ class RunInfo:
             choice = "no fixed k" if top_k is None else f"top-{top_k}"
             parts.append(f"{n} layer{'s' * (n != 1)} × {experts} experts × {choice}")
         return ", ".join(parts) or "no MoE layers known"
+
+    def every(self, first_step: int | None = None, last_step: int | None = None) -> int:
+        """Steps per bucket of a line over time that is readable, and quick to ask for.
+
+        1, 2 or 5 times a power of ten, so that bounds are round. Of a long run as a whole at least
+        what the coarse rollup has: summing its counts step by step would take seconds.
+
+        Args:
+            first_step: The first step that is asked for; None: the run's.
+            last_step: The last; None: the run's.
+        """
+        whole = first_step is None and last_step is None
+        first = self.first_step or 0 if first_step is None else first_step
+        last = self.last_step or 0 if last_step is None else last_step
+        every = 1
+        for factor in (2, 5, 10) * 7:
+            if (last - first + 1) / every <= _POINTS:
+                break
+            every = factor * 10 ** (len(str(every)) - 1)
+        cells = self.steps * sum(x.experts for x in self.layers)
+        return max(every, BUCKET) if whole and cells > _CELLS else every
 
     @property
     def state(self) -> str:

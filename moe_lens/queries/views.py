@@ -29,9 +29,6 @@ _NOT_OVERTAKEN = (
     "and s.attempt = t.attempt and t.{step} >= s.step)"
 )
 
-COARSE = BUCKET
-"""Steps per bucket from which `load_by_step` reads the rollup."""
-
 _SUMS = ", ".join(c.name for c in LOAD_COARSE.columns if c.packing == "split")
 
 _MACROS = f"""
@@ -46,10 +43,10 @@ where (first is not null or last is not null)
 create or replace macro load_by_step(first, last, every) as table
 select run, rank, first_step - first_step % every as step, phase, layer, tag, expert, {_SUMS}
 from load_coarse
-where first is null and last is null and every >= {COARSE}
+where first is null and last is null and every >= {BUCKET}
 union all
 select run, rank, step - step % every as step, phase, layer, tag, expert, {_SUMS} from load
-where (first is not null or last is not null or every < {COARSE})
+where (first is not null or last is not null or every < {BUCKET})
   and (first is null or step >= first) and (last is null or step <= last);
 """  # noqa: S608
 """`load` for sums over steps: from the rollup where no single steps are asked for."""

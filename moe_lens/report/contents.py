@@ -33,9 +33,6 @@ if TYPE_CHECKING:
     from moe_lens.queries.info import RunInfo
     from moe_lens.queries.session import Trace
 
-POINTS = 200
-"""Buckets of a line over time, at most about so many."""
-
 
 @dataclass(frozen=True)
 class Shown:
@@ -98,7 +95,7 @@ def draw(trace: Trace, info: RunInfo, phase: str | None) -> dict[str, list[Drawn
         info: Which run of it.
         phase: Count this phase only.
     """
-    every = _every(info)
+    every = info.every()
     asked: dict[tuple[str, int], pd.DataFrame] = {}
     out: dict[str, list[Drawn]] = {}
     for section, figures in SECTIONS.items():
@@ -115,16 +112,3 @@ def draw(trace: Trace, info: RunInfo, phase: str | None) -> dict[str, list[Drawn
             sql = question(shown.question).sql
             out.setdefault(section, []).append(Drawn(shown, figure, sql, parameters))
     return out
-
-
-def _every(info: RunInfo) -> int:
-    """Steps per bucket: 1, 2 or 5 times a power of ten, so that bounds are round."""
-    if info.first_step is None or info.last_step is None:
-        return 1
-    steps = info.last_step - info.first_step + 1
-    every = 1
-    for factor in (2, 5, 10) * 7:
-        if steps / every <= POINTS:
-            break
-        every = factor * 10 ** (len(str(every)) - 1)
-    return every

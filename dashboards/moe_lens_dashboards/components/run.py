@@ -9,16 +9,8 @@ import pandas as pd
 
 from moe_lens.queries.catalog import question as stored
 from moe_lens.queries.info import RunInfo
-from moe_lens.queries.views import COARSE
 from moe_lens_dashboards.components import traces
 from moe_lens_dashboards.components.filters import Choices, Filters
-
-_POINTS = 240
-"""Buckets over time that a chart is drawn from at most."""
-
-_CELLS = 1_000_000
-"""Steps x layers x experts above which whole runs are drawn from `load_coarse`: summing counts step
-by step would take seconds. Narrowed to some steps, a chart shows them one by one."""
 
 
 @dataclass(frozen=True)
@@ -73,14 +65,8 @@ class OpenRun:
         return Asked(question, asked, traces.answer(self.path, question, asked), ignored)
 
     def every(self) -> int:
-        """Steps per bucket with which a chart over the filtered time is readable, and quick."""
-        info, filters = self.info, self.filters
-        first = filters.first_step if filters.first_step is not None else info.first_step or 0
-        last = filters.last_step if filters.last_step is not None else info.last_step or 0
-        every = max(1, -(-(last - first + 1) // _POINTS))
-        whole = filters.first_step is None and filters.last_step is None
-        cells = info.steps * sum(x.experts for x in info.layers)
-        return max(every, COARSE) if whole and cells > _CELLS else every
+        """Steps per bucket of a chart over the filtered time."""
+        return self.info.every(self.filters.first_step, self.filters.last_step)
 
 
 def choices(path: str) -> Choices:

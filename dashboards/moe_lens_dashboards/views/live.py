@@ -19,7 +19,6 @@ from moe_lens_dashboards.components.words import plain
 
 _SECONDS = 2.0
 """Between looks; the writer hands over what it has every five seconds."""
-_POINTS = 120
 
 
 def page(run: OpenRun) -> None:
@@ -65,7 +64,7 @@ def _draw(run: OpenRun, minutes: float) -> None:
     sql(recent, key="live recent")
     narrowed = dataclasses.replace(run.filters, first_step=first, last_step=last)
     latest = dataclasses.replace(run, filters=narrowed)
-    every = max(1, -(-(last - first + 1) // _POINTS))
+    every = latest.every()
     left, right = st.columns(2)
     with left:
         draw(latest, load_over_time, "load_over_time", every=every)
