@@ -56,7 +56,8 @@ with moe_lens.open(run) as trace:
     where = {"layer": top["layer"], "expert": top["expert"]}
 
     print(f"Token ids for which {top['tag']}'s first, {where}, is special:")
-    print(trace.query("expert_tokens", **where, top=5), "\n")
+    serves = trace.query("expert_serves", **where, top=5).df()
+    print(serves[serves["kind"] == "token id"].to_string(index=False), "\n")
 
     print("The experts that serve the same tokens:")
     print(trace.query("expert_companions", **where, top=3), "\n")

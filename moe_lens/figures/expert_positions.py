@@ -15,9 +15,10 @@ def expert_positions(table: pd.DataFrame) -> go.Figure:
     """Share of the tokens at each position that chose the expert.
 
     Args:
-        table: Answer of `expert_positions`.
+        table: Answer of `expert_serves`; of its kinds, positions are drawn.
     """
     table = one_run(table)
+    table = table[table["kind"] == "position"].reset_index(drop=True)
     tokens, chosen = numbers(table, "tokens"), numbers(table, "chosen")
     if not len(table):
         return blank(
@@ -27,7 +28,7 @@ def expert_positions(table: pd.DataFrame) -> go.Figure:
     share = numbers(table, "share")
     overall = chosen.sum() / tokens.sum()
     top = int(pd.Series(share).fillna(-1).argmax())
-    position = numbers(table, "position")
+    position = numbers(table, "value")
     width = float(pd.Series(position).diff().min()) if len(table) > 1 else 1.0
     made = figure(
         f"Most at positions from {count(position[top])}: {percent(share[top])} of the tokens there",

@@ -13,8 +13,6 @@ _FEW = 48
 """Up to so many rows and columns there is a gap between cells."""
 _AROUND = 128
 """Pixels above and below the axes: the template's margins."""
-_CHOSEN = "#d6006c"
-"""On no colour axis, so that the frame is seen on every cell."""
 _GAP = "<br>&nbsp;"
 """Between a colour bar's title and the word at its end."""
 
@@ -101,19 +99,3 @@ def amounts(title: str, most: float, tickformat: str = ",~s") -> dict[str, objec
         "cmax": most,
         "colorbar": {"title": {"text": title + _GAP}, "tickformat": tickformat},
     }
-
-
-def outlined(made: go.Figure, row: int, column: int) -> None:
-    """Put a frame around a cell, wide enough to be found where cells are small."""
-    small = not made.data[0].xgap
-    size = {"xsizemode": "pixel", "ysizemode": "pixel", "xanchor": column, "yanchor": row}
-    half, x, y = (8, 0, 0) if small else (0.5, column, row)
-    made.add_shape(
-        type="rect",
-        x0=x - half,
-        x1=x + half,
-        y0=y - half,
-        y1=y + half,
-        line={"width": 3, "dash": "solid", "color": _CHOSEN},
-        **(size if small else {}),
-    )

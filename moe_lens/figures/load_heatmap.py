@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 
 from moe_lens.figures.blank import blank
 from moe_lens.figures.columns import counts, matrix, numbers, one_run, top
-from moe_lens.figures.heat import heat, octaves, outlined, scale
+from moe_lens.figures.heat import heat, octaves, scale
 from moe_lens.figures.theme import RATIO, figure
 from moe_lens.numbers import count, times
 
@@ -17,12 +17,11 @@ _HOVER = (
 )
 
 
-def load_heatmap(table: pd.DataFrame, chosen: tuple[int, int] | None = None) -> go.Figure:
+def load_heatmap(table: pd.DataFrame) -> go.Figure:
     """Load of each expert over the mean of its layer.
 
     Args:
         table: Answer of `load_map`.
-        chosen: (layer, expert) to put a frame around.
     """
     table = one_run(table)
     routed = numbers(table, "routed")
@@ -41,8 +40,6 @@ def load_heatmap(table: pd.DataFrame, chosen: tuple[int, int] | None = None) -> 
     made.update_xaxes(title_text="expert")
     made.update_yaxes(title_text="layer")
     made.update_layout({RATIO: scale("load / mean", never="never chosen")})
-    if chosen is not None:
-        outlined(made, *chosen)
     return made
 
 

@@ -49,11 +49,7 @@ valid as (
     and x.forward = r.forward and x.stream = m.stream and x.token = r.token
   where r.layer = $layer
     and x.run is null
-    and (
-      $most is null
-      or (r.step * 7919 + r.forward * 104729 + cast(r.token as bigint) * 15485863)
-        % 2147483647 % s.every = 0
-    )
+    and one_in(s.every, r.step, r.forward, r.token)
     and ($first_step is null or r.step >= $first_step)
     and ($last_step is null or r.step <= $last_step)
     and ($rank is null or r.rank = $rank)

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 _POINTS = 240
 """Buckets over time that a line is drawn from at most."""
 
+_COARSE_POINTS = 100
+"""The same for whole runs that are drawn from `load_coarse`."""
+
 _CELLS = 1_000_000
 """Steps x layers x experts above which whole runs are drawn from `load_coarse`."""
 
@@ -80,8 +83,9 @@ class RunInfo:
     def every(self, first_step: int | None = None, last_step: int | None = None) -> int:
         """Steps per bucket of a line over time that is readable, and quick to ask for.
 
-        1, 2 or 5 times a power of ten, so that bounds are round. Of a long run as a whole at least
-        what the coarse rollup has: summing its counts step by step would take seconds.
+        1, 2 or 5 times a power of ten, so that bounds are round. Of a long run as a whole a
+        multiple of what the coarse rollup has, and fewer buckets: summing its counts step by step
+        would take seconds.
 
         Args:
             first_step: The first step that is asked for; None: the run's.
@@ -90,13 +94,18 @@ class RunInfo:
         whole = first_step is None and last_step is None
         first = self.first_step or 0 if first_step is None else first_step
         last = self.last_step or 0 if last_step is None else last_step
-        every = 1
+        steps, every = last - first + 1, 1
+        cells = self.steps * sum(x.experts for x in self.layers)
+        if whole and cells > _CELLS:
+            every = BUCKET
+            while steps / every > _COARSE_POINTS:
+                every *= 2
+            return every
         for factor in (2, 5, 10) * 7:
-            if (last - first + 1) / every <= _POINTS:
+            if steps / every <= _POINTS:
                 break
             every = factor * 10 ** (len(str(every)) - 1)
-        cells = self.steps * sum(x.experts for x in self.layers)
-        return max(every, BUCKET) if whole and cells > _CELLS else every
+        return every
 
     @property
     def state(self) -> str:

@@ -52,11 +52,7 @@ firsts as (
     and x.forward = r.forward and x.stream = m.stream and x.token = r.token
   where r.layer = $layer
     and x.run is null
-    and (
-      $most is null
-      or (r.step * 7919 + r.forward * 104729 + cast(r.token as bigint) * 15485863)
-        % 2147483647 % s.every = 0
-    )
+    and one_in(s.every, r.step, r.forward, r.token)
     and array_length(r.expert_ids) > 0
     and ($first_step is null or r.step >= $first_step)
     and ($last_step is null or r.step <= $last_step)
@@ -69,11 +65,7 @@ nexts as (
   join moe_layers as m on m.run = r.run and m.layer = r.layer
   join thinning as s on s.run = r.run
   where r.layer = $layer + 1
-    and (
-      $most is null
-      or (r.step * 7919 + r.forward * 104729 + cast(r.token as bigint) * 15485863)
-        % 2147483647 % s.every = 0
-    )
+    and one_in(s.every, r.step, r.forward, r.token)
     and array_length(r.expert_ids) > 0
     and ($first_step is null or r.step >= $first_step)
     and ($last_step is null or r.step <= $last_step)

@@ -29,7 +29,7 @@ SUBJECTS = {
     ),
     "The router": ("router_confidence", "router_over_time", "near_ties"),
     "One expert": (
-        "expert_over_time", "expert_tags", "expert_tokens", "expert_positions", "expert_companions",
+        "expert_over_time", "expert_tags", "expert_serves", "expert_companions",
     ),
     "Paths": ("co_activation", "repetition", "layer_transitions"),
     "Quality": ("loss_by_tag", "quality_by_tag", "quality_of_dropped"),

@@ -48,8 +48,12 @@ union all
 select run, rank, step - step % every as step, phase, layer, tag, expert, {_SUMS} from load
 where (first is not null or last is not null or every < {BUCKET})
   and (first is null or step >= first) and (last is null or step <= last);
+
+create or replace macro one_in(every, step, forward, token) as
+(step * 7919 + forward * 104729 + cast(token as bigint) * 15485863) % 2147483647 % every = 0;
 """  # noqa: S608
-"""`load` for sums over steps: from the rollup where no single steps are asked for."""
+"""`load` for sums over steps: from the rollup where no single steps are asked for. And whether a
+token is among those that are looked at, of so many one: the same in every layer."""
 
 
 def create_views(con: duckdb.DuckDBPyConnection, runs: Mapping[str, RunFiles]) -> list[str]:

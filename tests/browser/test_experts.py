@@ -6,60 +6,18 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from support.dashboard import settled
+from support.dashboard import MAP, click_cell, expert_opened, settled
 from support.models import EXPERTS, LAYERS
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.xdist_group("browser")]
-
-PLOT = ".st-key-experts-map .js-plotly-plot"
-WHERE = f"""([layer, expert]) => {{
-  const plot = document.querySelector("{PLOT}"), layout = plot._fullLayout;
-  const box = plot.getBoundingClientRect();
-  return [
-    box.x + layout._size.l + layout.xaxis.c2p(expert),
-    box.y + layout._size.t + layout.yaxis.c2p(layer),
-  ];
-}}"""
-FRAME = f"""() => {{
-  const [s] = document.querySelector("{PLOT}")._fullLayout.shapes;
-  return [Math.round((s.y0 + s.y1) / 2), Math.round((s.x0 + s.x1) / 2)];
-}}"""
 
 
 @pytest.fixture
 def experts(page: Any, address: str) -> Any:
     page.goto(f"{address}/experts")
     settled(page)
-    page.wait_for_selector(f"{PLOT} .main-svg")
+    page.wait_for_selector(f"{MAP} .main-svg")
     return page
-
-
-def click(page: Any, layer: int, expert: int) -> None:
-    x, y = page.evaluate(WHERE, [layer, expert])
-    page.mouse.move(x - 2, y)
-    page.mouse.move(x, y)
-    hover = page.locator(
-        f"{PLOT} .hoverlayer .hovertext", has_text=f"layer {layer}, expert {expert}"
-    )
-    hover.wait_for()
-    page.mouse.down()
-    page.mouse.up()
-
-
-def opened(page: Any, layer: int, expert: int) -> None:
-    """Wait until this expert stands below the map with all its sections."""
-    page.get_by_role("heading", name=f"Layer {layer}, expert {expert}", exact=True).wait_for()
-    settled(page)
-    for title in (
-        "Load over the mean expert of the layer",
-        "Share of the expert's choices",
-        "Share of tokens that chose the expert",
-        "Share of the expert's tokens",
-        "Tokens it serves",
-    ):
-        page.get_by_text(title).first.wait_for()
-    assert page.locator(".js-plotly-plot .main-svg").count() >= 5 * 2
-    assert page.evaluate(FRAME) == [layer, expert]
 
 
 def tile(page: Any, label: str) -> str:
@@ -87,22 +45,22 @@ def test_the_hottest_is_open_at_first(experts: Any, recorded: Any) -> None:
         for expert, n in enumerate(row)
     }
     hottest = max(ratio, key=lambda each: ratio[each])
-    opened(experts, *hottest)
+    expert_opened(experts, *hottest)
     for label, value in numbers(recorded, *hottest).items():
         assert tile(experts, label) == value
 
 
 def test_a_click_on_the_map_opens_the_expert(experts: Any, recorded: Any) -> None:
     for layer, expert in ((LAYERS - 1, 2), (0, EXPERTS - 1), (0, 1)):
-        click(experts, layer, expert)
-        opened(experts, layer, expert)
+        click_cell(experts, layer, expert)()
+        expert_opened(experts, layer, expert)
         for label, value in numbers(recorded, layer, expert).items():
             assert tile(experts, label) == value
         assert parameters(experts)["layer"] == [str(layer)]
         assert parameters(experts)["expert"] == [str(expert)]
     # The address is the view: it comes back as it was.
     experts.reload()
-    opened(experts, 0, 1)
+    expert_opened(experts, 0, 1)
 
 
 def test_a_row_of_the_table_opens_the_expert(experts: Any, recorded: Any) -> None:
@@ -116,7 +74,7 @@ def test_a_row_of_the_table_opens_the_expert(experts: Any, recorded: Any) -> Non
     box = table.bounding_box()
     # A heading row, then rows of one height (35 px); the first column has the boxes to tick.
     experts.mouse.click(box["x"] + 15, box["y"] + 35 * 3 + 17)
-    opened(experts, *third)
+    expert_opened(experts, *third)
     for label, value in numbers(recorded, *third).items():
         assert tile(experts, label) == value
 

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,24 @@ from urllib.error import URLError
 from urllib.parse import urlsplit
 from urllib.request import urlopen
 
+MAP = ".st-key-experts-map .js-plotly-plot"
+_WHERE = f"""([layer, expert]) => {{
+  const plot = document.querySelector("{MAP}"), layout = plot._fullLayout;
+  const box = plot.getBoundingClientRect();
+  return [
+    box.x + layout._size.l + layout.xaxis.c2p(expert),
+    box.y + layout._size.t + layout.yaxis.c2p(layer),
+  ];
+}}"""
+_FRAMED = f"""([layer, expert]) => {{
+  const plot = document.querySelector("{MAP}"), frame = plot?.querySelector(".moe-lens-chosen");
+  if (!frame || !plot._fullLayout) return false;
+  const box = plot.getBoundingClientRect(), at = frame.getBoundingClientRect();
+  const {{ xaxis, yaxis, _size: size }} = plot._fullLayout;
+  const x = xaxis.p2c((at.left + at.right) / 2 - box.x - size.l);
+  const y = yaxis.p2c((at.top + at.bottom) / 2 - box.y - size.t);
+  return Math.round(y) === layer && Math.round(x) === expert;
+}}"""
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -96,6 +114,39 @@ def settled(page: Any) -> None:
         "() => !document.querySelector('[data-testid=\"stSkeleton\"]') && "
         "[...document.querySelectorAll('.js-plotly-plot')].every(p => p.querySelector('.main-svg'))"
     )
+
+
+def click_cell(page: Any, layer: int, expert: int) -> Callable[[], None]:
+    """Point at a cell of the experts' map, wait for what it says, and return what clicks there."""
+    x, y = page.evaluate(_WHERE, [layer, expert])
+    page.mouse.move(x - 2, y)
+    page.mouse.move(x, y)
+    hover = page.locator(
+        f"{MAP} .hoverlayer .hovertext", has_text=f"layer {layer}, expert {expert}"
+    )
+    hover.wait_for()
+
+    def click() -> None:
+        page.mouse.down()
+        page.mouse.up()
+
+    return click
+
+
+def expert_opened(page: Any, layer: int, expert: int) -> None:
+    """Wait until this expert stands below the map with all its sections."""
+    page.get_by_role("heading", name=f"Layer {layer}, expert {expert}", exact=True).wait_for()
+    settled(page)
+    for title in (
+        "Load over the mean expert of the layer",
+        "Share of the expert's choices",
+        "Share of tokens that chose the expert",
+        "Share of the expert's tokens",
+        "Tokens it serves",
+    ):
+        page.get_by_text(title).first.wait_for()
+    assert page.locator(".js-plotly-plot .main-svg").count() >= 5 * 2
+    page.wait_for_function(_FRAMED, arg=[layer, expert])
 
 
 def tracebacks(page: Any) -> list[str]:

@@ -200,12 +200,14 @@ def answers(
             )
     for position in (0, 16, 32):
         add(
-            "expert_positions",
-            position=position,
+            "expert_serves",
+            kind="position",
+            value=position,
             tokens=16,
             chosen=4 + position // 16,
             share=(4 + position // 16) / 16,
         )
+    add("expert_serves", kind="token id", value=9, tokens=20, chosen=15, share=0.75)
     for a in range(experts):
         add(
             "expert_companions",
@@ -247,7 +249,7 @@ FIGURES = {
     "entropy_by_layer": "router_confidence",
     "expert_companions": "expert_companions",
     "expert_over_time": "expert_over_time",
-    "expert_positions": "expert_positions",
+    "expert_positions": "expert_serves",
     "expert_tags": "expert_tags",
     "forwards_over_time": "forwards_over_time",
     "hottest": "hottest_experts",

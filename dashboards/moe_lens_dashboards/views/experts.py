@@ -19,47 +19,61 @@ from moe_lens_dashboards.components.words import plain
 from moe_lens_dashboards.views.one_expert import one_expert
 
 _MAP, _TABLE = "experts-map", "experts table"
+_BESIDE, _BELOW = "experts beside the map", "expert below the map"
+"""Fragments: choosing an expert draws these alone again."""
+_LISTED = 1_000
+"""Rows of the table: it goes to the browser whenever an expert is chosen on the map."""
 _LEAST = 240
 """Pixels of the table's height; else it is as high as the map."""
 
 
 def page(run: OpenRun) -> None:
     """Draw the page."""
-    if not run.ask("load_map").table["routed"].sum() > 0:
+    asked = run.ask("load_map")
+    if not asked.table["routed"].sum() > 0:
         not_recorded("rows in these steps")
         return
-    st.fragment(_choose)(run)
-    _dead(run)
-
-
-def _choose(run: OpenRun) -> None:
-    """The map, the table and the chosen expert. A fragment: choosing draws these alone again."""
-    asked = run.ask("load_map")
-    experts = ranked(asked.table)
-    now = chosen(experts, link.own("layer"), link.own("expert"))
-    if now.problem:
-        st.warning(plain(now.problem), icon=":material/link_off:")
-    figure = load_heatmap(asked.table, (now.layer, now.expert))
+    figure = load_heatmap(asked.table)
     figure.update_layout(modebar_orientation="v")  # lying, it would cover cells
     left, right = st.columns([2, 1])
     with left, st.container(key=_MAP):
         show(figure, asked)
-        on_cell(_MAP, partial(_cell_taken, experts))
     with right:
         st.markdown("**Experts, the hottest first**")
-        st.caption("Choose one here, or click on the map: it opens below.")
-        _table(experts, now, height=max(_LEAST, figure.layout.height - 64))
+        _table(run, height=max(_LEAST, figure.layout.height - 64))
+    _chosen(run)
+    _dead(run)
+
+
+def _now(run: OpenRun) -> tuple[pd.DataFrame, Chosen]:
+    """Every expert, the hottest first, and the chosen one."""
+    experts = ranked(run.ask("load_map").table)
+    return experts, chosen(experts, link.own("layer"), link.own("expert"))
+
+
+@st.fragment(key=_BELOW)
+def _chosen(run: OpenRun) -> None:
+    experts, now = _now(run)
+    on_cell(_MAP, (now.layer, now.expert), partial(_cell_taken, experts))
+    if now.problem:
+        st.warning(plain(now.problem), icon=":material/link_off:")
     one_expert(run, now)
 
 
-def _table(experts: pd.DataFrame, now: Chosen, *, height: int) -> None:
+@st.fragment(key=_BESIDE)
+def _table(run: OpenRun, *, height: int) -> None:
+    experts, now = _now(run)
+    listed = experts[:_LISTED]
+    of = "" if len(listed) == len(experts) else f" The first {_LISTED:,} of {count(len(experts))}."
+    st.caption(f"Choose one here, or click on the map: it opens below.{of}")
     # Of what was chosen elsewhere, and of other rows after a filter changed.
     selected = st.session_state.get(_TABLE, {}).get("selection", {}).get("rows", [])
-    if list(selected) != [now.row]:
-        st.session_state[_TABLE] = {"selection": {"rows": [now.row]}}
+    rows = [now.row] if now.row < len(listed) else []
+    if list(selected) != rows:
+        st.session_state[_TABLE] = {"selection": {"rows": rows}}
     number = st.column_config.NumberColumn
     st.dataframe(
-        experts,
+        listed,
         height=height,
         hide_index=True,
         key=_TABLE,
@@ -77,11 +91,13 @@ def _row_taken(experts: pd.DataFrame) -> None:
     if rows and rows[0] < len(experts):
         layer, expert = experts[["layer", "expert"]].to_numpy()[rows[0]]
         _set(int(layer), int(expert))
+        st.rerun(_BELOW)
 
 
 def _cell_taken(experts: pd.DataFrame, layer: int, expert: int) -> None:
     if ((experts["layer"] == layer) & (experts["expert"] == expert)).any():
         _set(layer, expert)  # else a cell of the map without an expert
+        st.rerun([_BELOW, _BESIDE])
 
 
 def _set(layer: int, expert: int) -> None:

@@ -14,11 +14,11 @@ from moe_lens.figures.expert_tags import expert_tags
 from moe_lens.numbers import count, percent, times
 from moe_lens_dashboards.chosen import Chosen
 from moe_lens_dashboards.components.notices import not_recorded
-from moe_lens_dashboards.components.run import OpenRun
+from moe_lens_dashboards.components.run import Asked, OpenRun
 from moe_lens_dashboards.components.show import draw, show, sql
 
-_MIN_TIMES = (5, 1)
-"""Choices that a token id needs to be listed; the second where none reaches the first."""
+_MIN_TIMES = 5
+"""Choices that a token id needs to be listed, where any has so many."""
 
 
 def one_expert(run: OpenRun, now: Chosen) -> None:
@@ -36,12 +36,13 @@ def one_expert(run: OpenRun, now: Chosen) -> None:
         st.markdown("**Positions, companions and tokens**")
         not_recorded("token rows")
         return
+    serves = run.ask("expert_serves", min_times=_MIN_TIMES, **where)
     left, right = st.columns(2)
     with left:
-        positions = draw(run, expert_positions, "expert_positions", **where)
+        show(expert_positions(serves.table), serves)
     with right:
         draw(run, expert_companions, "expert_companions", **where)
-    _tokens(run, where, chosen=int(positions["chosen"].sum()))
+    _tokens(run, serves)
 
 
 def _tiles(now: Chosen, load: pd.DataFrame) -> None:
@@ -60,32 +61,31 @@ def _tiles(now: Chosen, load: pd.DataFrame) -> None:
         column.metric(label, value, help=help, border=True)
 
 
-def _tokens(run: OpenRun, where: dict[str, Any], *, chosen: int) -> None:
+def _tokens(run: OpenRun, serves: Asked) -> None:
     st.markdown("**Tokens it serves**")
-    if not chosen:
+    kinds = serves.table["kind"]
+    if not serves.table.loc[kinds == "position", "chosen"].sum():
         st.info("No token that was kept chose this expert.", icon=":material/info:")
         return
-    for least in _MIN_TIMES:
-        asked = run.ask("expert_tokens", min_times=least, **where)
-        if not asked.table.empty:
-            break
-    else:
+    ids = serves.table[kinds == "token id"]
+    if ids.empty:
         not_recorded("token ids")
         return
+    least = min(_MIN_TIMES, ids["chosen"].min())
     st.caption(
         f"Token ids that it takes most of, of those that chose it {least} times or more. "
         "Lift: over its share of all tokens."
     )
     number = st.column_config.NumberColumn
     st.dataframe(
-        asked.table[["token_id", "times", "occurrences", "share", "lift"]],
+        ids[["value", "chosen", "tokens", "share", "lift"]],
         hide_index=True,
         column_config={
-            "token_id": number("token id"),
-            "times": number("chose it", format="localized"),
-            "occurrences": number("occurrences", format="localized"),
+            "value": number("token id"),
+            "chosen": number("chose it", format="localized"),
+            "tokens": number("occurrences", format="localized"),
             "share": number("share", format="percent"),
             "lift": number("lift", format="%.2f×"),
         },
     )
-    sql(asked)
+    sql(serves)

@@ -14,6 +14,7 @@ from support.traces import Written, layer_info, meta, segment, write_run
 from moe_lens.trace.meta import write_meta
 from moe_lens_dashboards.chosen import chosen, ranked
 from moe_lens_dashboards.components.clicks import cell
+from moe_lens_dashboards.views import experts
 
 pytestmark = pytest.mark.slow
 
@@ -79,6 +80,18 @@ def test_the_link_names_the_expert_and_filters_narrow_it(opened: Any, tmp_path: 
     )
 
 
+def test_a_long_table_stops_and_says_so(
+    opened: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experts, "_LISTED", 3)
+    write_run(tmp_path / "run", steps=4, tokens=200)
+    app = turned(opened(tmp_path / "run", layer="0", expert="7"), "experts")
+    assert not app.exception
+    assert len(frames(app)[0]) == 3
+    assert "The first 3 of 16." in texts(app)
+    assert heading(app) == "Layer 0, expert 7"  # the coldest: not in the table, and opened
+
+
 def test_the_dead_and_since_when(opened: Any, tmp_path: Path) -> None:
     write_run(tmp_path / "run", steps=4, tokens=200)
     app = turned(opened(tmp_path / "run"), "experts")
@@ -120,8 +133,8 @@ def test_token_ids_that_chose_it(opened: Any, tmp_path: Path) -> None:
     for row in written.rows["routing"]:
         if row["layer"] == 0 and 1 in row["expert_ids"]:
             times[100 + row["token"] % 3] += 1
-    table = next(f for f in frames(app) if "token_id" in f)
-    assert dict(zip(table["token_id"], table["times"], strict=True)) == dict(times)
+    table = next(f for f in frames(app) if "lift" in f)
+    assert dict(zip(table["value"], table["chosen"], strict=True)) == dict(times)
 
 
 @pytest.mark.parametrize(

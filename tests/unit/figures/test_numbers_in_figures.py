@@ -132,11 +132,13 @@ def test_expert_tags_are_sorted_by_share() -> None:
 
 
 def test_expert_positions() -> None:
-    made = expert_positions(answers()["expert_positions"])
-    for i, row in enumerate(rows("expert_positions")):
+    made = expert_positions(answers()["expert_serves"])
+    placed = [r for r in rows("expert_serves") if r["kind"] == "position"]
+    assert len(made.data[0].y) == len(placed) == 3
+    for i, row in enumerate(placed):
         assert made.data[0].y[i] == row["share"]
-        assert list(made.data[0].customdata[i]) == [row["position"], row["chosen"], row["tokens"]]
-        assert made.data[0].x[i] - made.data[0].width / 2 == row["position"] - 0.5
+        assert list(made.data[0].customdata[i]) == [row["value"], row["chosen"], row["tokens"]]
+        assert made.data[0].x[i] - made.data[0].width / 2 == row["value"] - 0.5
     assert made.layout.shapes[0].y0 == pytest.approx((4 + 5 + 6) / 48)
 
 

@@ -16,10 +16,12 @@ from moe_lens.queries.session import open_trace
     [
         (240, (None, None), 1),
         (241, (None, None), 2),
-        (10_000, (None, None), 64),  # 50 would be round, but sum a million cells step by step
+        (1_000, (None, None), 5),
+        (5_000, (None, None), 64),  # 50 would be round, but sum a million cells step by step
+        (10_000, (None, None), 128),
         (10_000, (0, 9_999), 50),
         (10_000, (500, 600), 1),
-        (100_000, (None, None), 500),
+        (100_000, (None, None), 1_024),
     ],
 )
 def test_a_line_has_a_readable_number_of_points(

@@ -86,38 +86,39 @@ def real(row: dict[str, Any]) -> list[int]:
 @relaxed
 @given(
     knobs=knobs,
-    asked=narrowed(layer=layer, expert=expert, top=st.integers(1, 4), min_times=st.integers(0, 3)),
+    asked=narrowed(
+        layer=layer,
+        expert=expert,
+        width=st.integers(1, 3),
+        top=st.integers(1, 4),
+        min_times=st.integers(0, 3),
+    ),
 )
-def test_expert_tokens(knobs: Knobs, asked: dict[str, Any]) -> None:
+def test_expert_serves(knobs: Knobs, asked: dict[str, Any]) -> None:
     world = generate(knobs)
-    here = [d for d in decisions(world, asked) if d["token_id"] is not None]
-    occurrences = Counter(d["token_id"] for d in here)
-    times = Counter(d["token_id"] for d in here if asked["expert"] in d["expert_ids"])
-    expected = []
-    for token_id, n in times.items():
-        if n >= asked["min_times"]:
-            share, overall = n / occurrences[token_id], sum(times.values()) / len(here)
-            expected.append(
-                {"token_id": token_id, "times": n, "occurrences": occurrences[token_id],
-                 "share": share, "overall_share": overall, "lift": share / overall}
-            )  # fmt: skip
-    expected.sort(key=lambda r: (-r["share"], -r["times"], r["token_id"]))
-    agree(ask(world, "expert_tokens", asked), expected[: asked["top"]])
-
-
-@relaxed
-@given(knobs=knobs, asked=narrowed(layer=layer, expert=expert, width=st.integers(1, 3)))
-def test_expert_positions(knobs: Knobs, asked: dict[str, Any]) -> None:
-    world = generate(knobs)
-    buckets = defaultdict(list)
+    by_position, by_id = defaultdict(list), defaultdict(list)
     for d in decisions(world, asked):
-        bucket = d["position"] // asked["width"] * asked["width"]
-        buckets[bucket].append(asked["expert"] in d["expert_ids"])
-    expected = [
-        {"position": p, "tokens": len(b), "chosen": sum(b), "share": sum(b) / len(b)}
-        for p, b in sorted(buckets.items())
-    ]
-    agree(ask(world, "expert_positions", asked), expected)
+        here = asked["expert"] in d["expert_ids"]
+        by_position[d["position"] // asked["width"] * asked["width"]].append(here)
+        if d["token_id"] is not None:
+            by_id[d["token_id"]].append(here)
+
+    def rows(kind: str, found: dict[int, list[bool]]) -> Rows:
+        everything = [here for each in found.values() for here in each]
+        overall = sum(everything) / len(everything) if everything else 0
+        return [
+            {"kind": kind, "value": value, "tokens": len(b), "chosen": sum(b),
+             "share": sum(b) / len(b), "overall_share": overall,
+             "lift": sum(b) / len(b) / overall if overall else None}
+            for value, b in sorted(found.items())
+        ]  # fmt: skip
+
+    ids = rows("token id", by_id)
+    enough = min(asked["min_times"], max((r["chosen"] for r in ids), default=0))
+    ids = [r for r in ids if r["chosen"] >= max(1, enough)]
+    ids.sort(key=lambda r: (-r["share"], -r["chosen"], r["value"]))
+    expected = rows("position", by_position) + ids[: asked["top"]]
+    agree(ask(world, "expert_serves", asked), expected)
 
 
 @relaxed
@@ -437,7 +438,7 @@ def test_request_tokens(knobs: Knobs, asked: dict[str, Any]) -> None:
 # ---- traces without rows ------------------------------------------------------------------------
 
 ROW_QUESTIONS = [
-    "expert_tokens", "expert_positions", "expert_companions", "co_activation", "layer_transitions",
+    "expert_serves", "expert_companions", "co_activation", "layer_transitions",
     "repetition", "unserved_by_position", "near_ties", "quality_of_dropped", "requests",
     "request_load", "request_tokens",
 ]  # fmt: skip
