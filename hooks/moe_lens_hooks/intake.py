@@ -89,6 +89,12 @@ class Intake:
     ) -> OpenForward:
         """A forward begins; see `OpenForward`."""
         going = self._following.begin(inputs)
+        ids = token_ids(inputs, self._layout) if self._keep_token_ids else {}
+        if self._keep_token_ids and not ids:
+            self._warn(
+                "token_ids=True, and a forward was given none under the names input_ids, tokens or "
+                "decoder_input_ids: its token_id is null"
+            )
         return OpenForward(
             step=step,
             forward=number,
@@ -98,7 +104,7 @@ class Intake:
             going=going,
             implicit=implicit,
             counts_tokens=self._counts_tokens,
-            token_ids=token_ids(inputs, self._layout) if self._keep_token_ids else {},
+            token_ids=ids,
             sampled=self._sampling.share > 0 and step % self._sampling.every == 0,
         )
 

@@ -80,7 +80,7 @@ def demo(
     model = MoELanguageModel(MoEConfig())
     console.print(_heading(model.config, sum(p.numel() for p in model.parameters())))
 
-    with moe_lens.record(model, out, tokens=tokens) as recorder:
+    with moe_lens.record(model, out, tokens=tokens, token_ids=True) as recorder:
         with progress_bar(console) as on_step:
             train(model, corpus, recorder, recipe, on_step)
         with console.status("Evaluating on held-out files …"):

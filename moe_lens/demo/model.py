@@ -67,14 +67,14 @@ class MoELanguageModel(nn.Module):
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._init_weights()
 
-    def forward(self, tokens_BS: Tensor, targets_BS: Tensor | None = None) -> Output:
+    def forward(self, input_ids: Tensor, targets_BS: Tensor | None = None) -> Output:
         """Run the model.
 
         Args:
-            tokens_BS: int64 bytes.
-            targets_BS: int64 bytes that should follow each token; None for no loss.
+            input_ids: int64 bytes [B, S]; by the name under which models are given them.
+            targets_BS: int64 bytes [B, S] that should follow each token; None for no loss.
         """
-        x_BSD = self.embedding(tokens_BS)
+        x_BSD = self.embedding(input_ids)
         aux_losses, z_losses = [], []
         for block in self.blocks:
             x_BSD, aux_loss, z_loss = block(x_BSD)

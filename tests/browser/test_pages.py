@@ -10,8 +10,6 @@ import pytest
 from support.dashboard import settled
 from support.models import EXPERTS, LAYERS
 
-from moe_lens_dashboards.pages import VIEWS
-
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.xdist_group("browser")]
 
 
@@ -32,14 +30,6 @@ def wait_tile(page: Any, label: str, value: str) -> None:
 
 def parameters(page: Any) -> dict[str, list[str]]:
     return parse_qs(urlsplit(page.url).query)
-
-
-@pytest.mark.parametrize("view", VIEWS, ids=lambda v: v.name)
-def test_every_page_opens(page: Any, address: str, view: Any) -> None:
-    go(page, address, view.path)
-    page.get_by_role("heading", name=view.title, exact=True).wait_for()
-    assert page.get_by_test_id("stAlertContentError").count() == 0
-    assert page.get_by_text("Page not found").count() == 0
 
 
 def test_the_overview_says_what_was_counted_apart(page: Any, address: str, recorded: Any) -> None:

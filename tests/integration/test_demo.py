@@ -7,15 +7,10 @@ import re
 from collections import Counter
 
 import pytest
-import torch
 from rich.console import Console
+from support.demo_counted import record_demo
 
 import moe_lens
-from moe_lens.demo.corpus import load_corpus
-from moe_lens.demo.evaluate import evaluate
-from moe_lens.demo.model import MoEConfig, MoELanguageModel
-from moe_lens.demo.moe import Experts
-from moe_lens.demo.train import Recipe, train
 from moe_lens.terminal.page import render
 
 
@@ -44,30 +39,8 @@ def test_the_command_trains_evaluates_and_reports(demo_output):
 @pytest.fixture(scope="module")
 def counted(tmp_path_factory):
     """A short demo, and a plain Python count of what its experts were given."""
-    torch.manual_seed(0)
-    run = tmp_path_factory.mktemp("counted") / "run"
-    model = MoELanguageModel(MoEConfig())
-    routed, dropped, original = Counter(), Counter(), Experts.forward
-    layer_of = {
-        id(m): i for i, m in enumerate(m for m in model.modules() if isinstance(m, Experts))
-    }
-
-    def spy(self, x_TD, ids_TK, weights_TK, kept_TK=None):
-        phase, layer = "train" if self.training else "eval", layer_of[id(self)]
-        kept = torch.ones_like(ids_TK, dtype=torch.bool) if kept_TK is None else kept_TK
-        for ids, keeps in zip(ids_TK.tolist(), kept.tolist(), strict=True):
-            for expert, keep in zip(ids, keeps, strict=True):
-                routed[phase, layer, expert] += 1
-                dropped[phase, layer] += not keep
-        return original(self, x_TD, ids_TK, weights_TK, kept_TK)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Experts, "forward", spy)
-        with moe_lens.record(model, run, tokens=0.05) as recorder:
-            corpus = load_corpus()
-            train(model, corpus, recorder, Recipe(steps=3), lambda now: None)
-            evaluate(model, corpus, recorder, length=128, windows=4)
-    return run, routed, dropped
+    found = record_demo(tmp_path_factory.mktemp("counted") / "run")
+    return found.path, found.routed, found.dropped
 
 
 def test_counts_and_drops_equal_an_independent_count(counted):
