@@ -35,6 +35,18 @@ class SteeringError(MoeLensError):
     """Routing cannot be forced: the decisions do not fit the model or its batch."""
 
 
+class RuntimeInputError(MoeLensError):
+    """The MoE runtime cannot run this: ids, shapes, weights or a backend that do not fit."""
+
+
+class RuntimeUnavailable(MoeLensError):
+    """The CUDA kernels cannot be compiled or loaded here: a package, a driver or a device."""
+
+
+class ReplayError(MoeLensError):
+    """A trace cannot be replayed as asked: nothing to replay, no shapes, no room, or no place."""
+
+
 class QueryError(MoeLensError):
     """A SQL text or a stored question could not be run."""
 
