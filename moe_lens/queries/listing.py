@@ -33,6 +33,7 @@ SUBJECTS = {
     ),
     "Paths": ("co_activation", "repetition", "layer_transitions"),
     "Quality": ("loss_by_tag", "quality_by_tag", "quality_of_dropped"),
+    "Cost on real kernels": ("replay_layers",),
     "Requests": ("requests", "request_load", "request_tokens"),
     "Two runs of the same tokens": ("diff_tokens", "diff_layers", "diff_flips"),
 }  # fmt: skip

@@ -23,6 +23,7 @@ from moe_lens.figures.near_ties import near_ties
 from moe_lens.figures.quality_by_tag import quality_by_tag
 from moe_lens.figures.quality_of_dropped import quality_of_dropped
 from moe_lens.figures.repetition import repetition
+from moe_lens.figures.replay_layers import replay_layers
 from moe_lens.figures.router_over_time import router_over_time
 from moe_lens.figures.unserved_by_position import unserved_by_position
 from moe_lens.queries.catalog import question
@@ -43,6 +44,8 @@ class Shown:
     draw: Callable[[pd.DataFrame], go.Figure]
     wide: bool = False
     over_time: bool = False
+    needs_rows: bool = False
+    """Left out where the answer is empty, instead of saying so."""
 
 
 @dataclass
@@ -83,6 +86,7 @@ SECTIONS: dict[str, tuple[Shown, ...]] = {
     "Speed": (
         Shown("forwards_over_time", "forwards_over_time", forwards_over_time, over_time=True),
         Shown("all_to_all", "all_to_all", all_to_all, over_time=True),
+        Shown("replay_layers", "replay_layers", replay_layers, needs_rows=True),
     ),
 }
 
@@ -107,8 +111,10 @@ def draw(trace: Trace, info: RunInfo, phase: str | None) -> dict[str, list[Drawn
                 parameters["phase"] = phase  # type: ignore[assignment]
             if key not in asked:
                 asked[key] = trace.query(shown.question, **parameters).df()
-            table = asked[key]
-            figure = shown.draw(table[table["run"] == info.run])
+            table = asked[key][asked[key]["run"] == info.run]
+            if shown.needs_rows and table.empty:
+                continue
+            figure = shown.draw(table)
             sql = question(shown.question).sql
             out.setdefault(section, []).append(Drawn(shown, figure, sql, parameters))
     return out

@@ -326,6 +326,60 @@ LOAD_COARSE = Table(
 )
 """Beside segments of `load`, under the same number; made from them, and nothing is lost without."""
 
+_STAGES = {
+    "plan": "sorting slots by expert",
+    "permute": "gathering the tokens' rows",
+    "gate_up": "the first matrix product",
+    "act": "SwiGLU",
+    "down": "the second matrix product",
+    "combine": "the weighted sum over a token's experts",
+}
+
+
+def _ns(name: str, doc: str, *, nullable: bool = False) -> Column:
+    return Column(name, F64, doc, "split", nullable)
+
+
+REPLAY = Table(
+    "replay",
+    "(rank, layer, step, forward) that was replayed; what it ran on, and how, stands in the file's "
+    "metadata as JSON under `moe_lens`",
+    (
+        _key("rank", I32, "the rank whose tokens these are"),
+        LAYER,
+        _key("step", I64, "of the forward in the trace"),
+        _key("forward", I32, "forward of the root module inside the step, from 0"),
+        PHASE,
+        _count("tokens", "valid tokens that were replayed"),
+        _count("slots", "choices of experts that compute, before the policy"),
+        _count("dropped", "of those, choices that no expert computed under the policy"),
+        _count("rerouted", "of those, choices that a runner-up computed"),
+        _count("touched", "experts that computed something"),
+        _count("rows_min", "rows of the touched expert that has the fewest; 0: none is touched"),
+        _ns("rows_median", "median rows over touched experts"),
+        _count("rows_max", "rows of the expert that has the most"),
+        _count("padded_rows", "rows that tiles of metadata's `tile` rows add, expert by expert"),
+        _ns("time_ns", "time of the layer, ns: median of the repeats (metadata: `clock`)"),
+        _ns("again_ns", "time of the same work, measured once more beside it (A/A)"),
+        _ns("noise_ns", "by how much two timings of this work differ: what is below is none"),
+        _ns("balanced_ns", "time of the balanced twin: as many rows, over all experts"),
+        _ns("same_touched_ns", "time of the twin that has as many rows over the touched experts"),
+        _ns("floor_ns", "no fused layer can be faster on this machine's ceilings"),
+        _count("flop", "floating-point operations of the two matrix products"),
+        _count("bytes", "bytes that must move: touched weights once, tokens in and out"),
+        *(
+            _ns(f"{name}_ns", f"{doc}: its own time, where it was measured", nullable=True)
+            for name, doc in _STAGES.items()
+        ),
+        *(
+            _ns(f"{name}_floor_ns", f"{doc}: its floor where it runs by itself")
+            for name, doc in _STAGES.items()
+        ),
+    ),
+    ("rank", "layer", "step", "forward"),
+)
+"""`RUN/replay/<name>.parquet`: what `moe-lens replay` measured."""
+
 
 def with_keys(keys: tuple[str, ...]) -> dict[str, Table]:
     """The tables, with the user's declared keys as string columns of `sequences`."""

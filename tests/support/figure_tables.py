@@ -22,6 +22,19 @@ def answers(
         made.setdefault(question, []).append({"run": "run1", **row})
 
     for layer in range(layers):
+        add(
+            "replay_layers",
+            result="drop",
+            phase="train",
+            layer=layer,
+            forwards=5,
+            p50_ms=2.0 + layer,
+            balanced_ms=1.5 + layer,
+            same_touched_ms=1.4 + layer,
+            floor_ms=0.25,
+            over_balanced=1.3 - 0.1 * layer,
+            noise=0.05,
+        )
         routed = rng.integers(1, 1000, experts)
         if experts > 2:
             routed[1] = 0
@@ -240,6 +253,7 @@ def answers(
 
 
 FIGURES = {
+    "replay_layers": "replay_layers",
     "all_to_all": "all_to_all",
     "capacity_curve": "capacity_sweep",
     "co_activation": "co_activation",

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support.apptest import texts, turned
+from support.replayed import timings, write
 from support.traces import write_run
 
 from moe_lens.errors import TraceError
@@ -71,3 +72,27 @@ def test_the_page(opened: Any, tmp_path: Path) -> None:
     assert "cannot be read" in texts(app)
     assert app.dataframe[0].value["ms"].tolist() == [0.0, 0.25, 0.5]
     assert any(r"\<b\>" in s.value for s in app.subheader)
+
+
+@pytest.mark.slow
+def test_a_result_of_ours_is_drawn_by_phase(opened: Any, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run").path
+    said = {
+        "state": "interrupted",
+        "policy": {"name": "drop", "capacity_factor": 1.25, "by": "prob"},
+        "shapes": [{"hidden": 64, "intermediate": 32, "dtype": "bfloat16"}],
+        "backends": {"cpu": "why"},
+        "device_name": "<b>chip",
+        "clock": "process CPU time",
+    }
+    write(run, "mine", timings(4), said)
+    app = turned(opened(run), "replay")
+    assert not app.exception
+    shown = texts(app)
+    assert "This replay was interrupted" in shown
+    assert "Policy drop; capacity factor 1.25 by prob; 64 × 32 bfloat16" in shown
+    assert any(r"\<b\>chip" in c.value for c in app.caption)
+    assert [list(f.value["layer"]) for f in app.dataframe] == [[0, 3], [0, 3]]
+    assert len(app.get("plotly_chart")) == 2
+    app = turned(opened(run, first_layer="1"), "replay")
+    assert [list(f.value["layer"]) for f in app.dataframe] == [[3], [3]]

@@ -64,7 +64,7 @@ def test_columns_of_nulls_are_no_error(name: str) -> None:
     table = answers()[FIGURES[name]]
     keys = ["run", "layer", "expert", "step", "phase", "tag", "place", "position", "companion",
             "other", "next_expert", "capacity_factor", "low", "high", "source",
-            "dropped"]  # fmt: skip
+            "result", "kind", "value", "forwards", "dropped"]  # fmt: skip
     for nothing in (None, np.nan):
         empty = table.copy()
         for column in set(table.columns) - set(keys[:-1] if name != "quality_of_dropped" else keys):

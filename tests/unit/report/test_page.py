@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.replayed import timings, write
 from support.traces import Written, layer_info, meta, segment, write_run
 
 from moe_lens.queries.catalog import question
@@ -23,7 +24,8 @@ from moe_lens.report.page import page
 from moe_lens.trace.meta import write_meta
 
 EVIL = '"><script>alert(1)</script>&'
-FIGURES = [shown for figures in SECTIONS.values() for shown in figures]
+FIGURES = [s for figures in SECTIONS.values() for s in figures if not s.needs_rows]
+"""Of a run that was not replayed."""
 
 
 def moe_lens(*words: object) -> subprocess.CompletedProcess[str]:
@@ -161,6 +163,14 @@ def test_94_layers_of_384_experts_fit_into_3_megabytes(tmp_path: Path) -> None:
     text = text_of(tmp_path)
     assert array(drawings(text)["load_heatmap"]["data"][0]["z"]).shape == (94, 384)
     assert len(text.encode()) < 3_000_000
+
+
+def test_a_replayed_run_shows_what_it_costs(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "r").path
+    assert "replay_layers" not in drawings(text_of(run))
+    write(run, "mine", timings(4))
+    drawn = drawings(text_of(run))["replay_layers"]
+    assert [t["name"] for t in drawn["data"]][:2] == ["this routing", "balanced twin"]
 
 
 def test_runs_stand_one_after_the_other(tmp_path: Path) -> None:
