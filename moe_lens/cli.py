@@ -15,9 +15,11 @@ from moe_lens.commands.dashboard import dashboard
 from moe_lens.commands.demo import demo
 from moe_lens.commands.diff import diff
 from moe_lens.commands.info import info
+from moe_lens.commands.machine import machine
 from moe_lens.commands.query import query
 from moe_lens.commands.record import record
 from moe_lens.commands.recover import recover
+from moe_lens.commands.replay import replay
 from moe_lens.commands.report import report
 from moe_lens.errors import CommandError, MoeLensError
 
@@ -28,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, info, report, dashboard, diff, query, recover):
+for command in (demo, info, report, dashboard, diff, query, replay, machine, recover):
     app.command()(command)
 # What stands after SCRIPT is the script's.
 app.command(context_settings={"allow_interspersed_args": False})(record)
@@ -59,6 +61,7 @@ def root(
     moe-lens report traces/run1               where its tokens went
     moe-lens dashboard traces/run1            look at it in a browser
     moe-lens query traces/run1 "from load"    ask anything in SQL
+    moe-lens replay traces/run1               what its routing costs on this machine
     """  # noqa: D301  (\b keeps the lines as they are)
 
 

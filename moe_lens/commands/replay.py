@@ -1,0 +1,278 @@
+"""`moe-lens replay`: what a recorded routing costs, on this machine."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moe_lens.commands.arguments import Phase, Run
+from moe_lens.errors import CommandError
+
+if TYPE_CHECKING:
+    from moe_lens.replay.policies import Policy
+    from moe_lens.replay.session import Progress, Replayed
+
+FORWARDS, SECONDS, FACTOR = 24, 20.0, 1.25
+
+
+class PolicyName(StrEnum):
+    """What becomes of the router's choices."""
+
+    recorded = "recorded"
+    dropless = "dropless"
+    drop = "drop"
+    reroute = "reroute"
+
+
+class Priority(StrEnum):
+    """What a full expert keeps."""
+
+    position = "position"
+    prob = "prob"
+
+
+class Dtype(StrEnum):
+    """Of weights and rows."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+def replay(
+    run: Run,
+    policy: Annotated[
+        PolicyName, typer.Option(help="What becomes of the router's choices.")
+    ] = PolicyName.recorded,
+    capacity_factor: Annotated[
+        float | None,
+        typer.Option(help=f"Of drop and reroute: room per expert; default {FACTOR}."),
+    ] = None,
+    priority: Annotated[
+        Priority | None,
+        typer.Option(help="Of drop and reroute: what a full expert keeps; default position."),
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", help="Keep only so many choices a token.", min=1)
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Sizes of a published model: mixtral-8x7b, olmoe-1b-7b, ….")
+    ] = None,
+    hidden: Annotated[
+        int | None, typer.Option(help="Hidden size; default: the trace's.", min=1)
+    ] = None,
+    intermediate: Annotated[
+        int | None, typer.Option(help="Size of an expert; default: the trace's.", min=1)
+    ] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Default: bfloat16 where the device is quick with it.")
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Only these, as 0-3,7.", metavar="LAYERS")
+    ] = None,
+    phase: Phase = None,
+    steps: Annotated[
+        str | None, typer.Option(help="Only these, as 100-199.", metavar="STEPS")
+    ] = None,
+    forwards: Annotated[
+        str | None,
+        typer.Option(help=f"Forwards of each phase, or all; default {FORWARDS}.", metavar="N|all"),
+    ] = None,
+    partial: Annotated[
+        bool,
+        typer.Option("--partial", help="Forwards with rows of some tokens, as smaller batches."),
+    ] = False,
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            help=f"Begin no forward after so many; 0: no limit; default {SECONDS:g} without "
+            "--forwards.",
+            min=0,
+        ),
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Measurements of each forward.", min=2)] = 5,
+    stages: Annotated[
+        bool, typer.Option("--stages", help="Time the stages of the layer too.")
+    ] = False,
+    curve: Annotated[
+        bool, typer.Option(help="Measure what one expert takes, and attribute time to experts.")
+    ] = True,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU if there is one.")
+    ] = None,
+    backend: Annotated[
+        str, typer.Option(help="Of the layer: auto, reference, cpu, cuda+triton, ….")
+    ] = "auto",
+    seed: Annotated[int, typer.Option(help="Of the random weights and inputs.")] = 0,
+    name: Annotated[
+        str | None, typer.Option(help="Of the result, RUN/replay/NAME.parquet.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the result to this file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not tables.")] = False,
+) -> None:
+    """Run a trace's routing through a real MoE layer, and time it beside a balanced one.
+
+    Prints for each layer what its forwards took, next to the least this machine could take, to the
+    same rows spread evenly over all experts, and to those over the experts that were touched.
+    Weights are random; expert ids and gate weights are the trace's.
+
+    \b
+    Examples:
+      moe-lens replay traces/run1
+      moe-lens replay traces/run1 --preset mixtral-8x7b --phase decode
+      moe-lens replay traces/run1 --policy drop --capacity-factor 1
+      moe-lens replay traces/run1 --top-k 1 --forwards all
+    """  # noqa: D301  (\b keeps the lines as they are)
+    chosen_layers = None if layers is None else frozenset(_numbers(layers, "--layers"))
+    chosen_steps = None if steps is None else _range(steps)
+    most, limit = _how_many(forwards, seconds)
+    _check_policy(policy, capacity_factor, priority)
+
+    from moe_lens.replay.presets import preset as preset_of
+
+    sizes = None if preset is None else preset_of(preset)
+
+    from moe_lens.replay.policies import Policy as Rules
+    from moe_lens.replay.session import replay as run_replay
+    from moe_lens.replay.settings import Settings
+
+    capped = policy in (PolicyName.drop, PolicyName.reroute)
+    rules: Policy = Rules(
+        policy.value,
+        (capacity_factor or FACTOR) if capped else None,
+        (priority or Priority.position).value,
+        top_k,
+    )
+    settings = Settings(
+        policy=rules,
+        hidden=hidden,
+        intermediate=intermediate,
+        preset=sizes,
+        dtype=None if dtype is None else dtype.value,
+        device=device,
+        backend=backend,
+        forwards=most,
+        partial=partial,
+        layers=chosen_layers,
+        phase=phase,
+        steps=chosen_steps,
+        repeats=repeats,
+        seconds=limit,
+        stages=stages,
+        curve=curve,
+        seed=seed,
+    )
+    with _progress_bar() as on_progress:
+        found = run_replay(run, settings, name=name, out=out, on_progress=on_progress)
+    _print(found, as_json)
+    if found.interrupted:
+        typer.echo(f"interrupted: what was measured so far is in {found.path}", err=True)
+        raise typer.Exit(130)
+
+
+def _print(found: Replayed, as_json: bool) -> None:
+    if as_json:
+        said = {
+            "result": str(found.path),
+            "answers": found.answers(),
+            "layers": found.by_layer(),
+            "about": found.about,
+        }
+        typer.echo(json.dumps(_finite(said), ensure_ascii=False, indent=1))
+        return
+    from rich.console import Console
+
+    from moe_lens.terminal.replayed import print_replay
+
+    console = Console(highlight=False)
+    print_replay(console, found.about, found.by_layer(), found.answers(), str(found.path))
+
+
+def _check_policy(
+    policy: PolicyName, capacity_factor: float | None, priority: Priority | None
+) -> None:
+    if policy in (PolicyName.drop, PolicyName.reroute):
+        if capacity_factor is not None and not 0 < capacity_factor < math.inf:
+            raise CommandError(f"--capacity-factor must be above 0, got {capacity_factor:g}.")
+        return
+    for option, value in (("--capacity-factor", capacity_factor), ("--priority", priority)):
+        if value is not None:
+            raise CommandError(
+                f"{option} belongs to --policy drop and --policy reroute; {policy.value} has no "
+                "capacity."
+            )
+
+
+def _how_many(forwards: str | None, seconds: float | None) -> tuple[int | None, float | None]:
+    """Forwards of each phase (None: all), and the time limit (None: none)."""
+    limit = seconds or None
+    if forwards is None:
+        return FORWARDS, SECONDS if seconds is None else limit
+    if forwards == "all":
+        return None, limit
+    if not forwards.isdecimal() or int(forwards) < 1:
+        raise CommandError(f"--forwards takes a number from 1 up, or all; got {forwards!r}.")
+    return int(forwards), limit
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    """`0-3,7` as numbers."""
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if match is None or int(match[2] or match[1]) < int(match[1]):
+            raise CommandError(f"{option} takes numbers as 0-3,7; got {text!r}.")
+        found += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return found
+
+
+def _range(text: str) -> range:
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", text.strip())
+    if match is None or int(match[2] or match[1]) < int(match[1]):
+        raise CommandError(f"--steps takes one step or a range, as 100-199; got {text!r}.")
+    return range(int(match[1]), int(match[2] or match[1]) + 1)
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Callable[[Progress], None]]:
+    """A bar on a terminal, nothing elsewhere; yields what feeds it."""
+    from rich import progress as rich
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with rich.Progress(
+        rich.TextColumn("replay"),
+        rich.BarColumn(bar_width=None),
+        rich.MofNCompleteColumn(),
+        rich.TimeRemainingColumn(),
+        rich.TextColumn("{task.description}"),
+        console=console,
+        expand=True,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as bar:
+        task = bar.add_task("reading the trace", total=None)
+
+        def on_progress(now: Progress) -> None:
+            bar.update(task, completed=now.done, total=now.of or None, description=now.now)
+
+        yield on_progress
+
+
+def _finite(value: Any) -> Any:
+    """The value as JSON can say it: no NaN, no infinity."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return value

@@ -1,0 +1,114 @@
+"""The file that a replay leaves: `RUN/replay/<name>.parquet`.
+
+A complete result replaces an earlier one of its name in one step. Until it is complete, what was
+measured so far lies beside it, in `<name>-interrupted.parquet`, and stays there if the replay ends
+early.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from moe_lens.errors import ReplayError
+from moe_lens.replay.floors import Shape
+from moe_lens.replay.machine import slug
+from moe_lens.replay.measure import Row
+from moe_lens.replay.policies import Policy
+from moe_lens.trace.schema import REPLAY
+from moe_lens.trace.segment import open_parquet
+
+KEY = b"moe_lens"
+INTERRUPTED = "-interrupted"
+
+
+class Output:
+    """The place of one replay's result.
+
+    Args:
+        path: Of the complete result.
+
+    Raises:
+        ReplayError: Nothing can be written there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.unfinished = path.with_name(f"{path.stem}{INTERRUPTED}{path.suffix}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path.parent):
+                pass
+        except OSError as e:
+            raise ReplayError(
+                f"{path.parent} cannot be written ({e.strerror or e}), and the result is to lie "
+                "there. Name a file elsewhere with --out."
+            ) from e
+        if path.is_dir():
+            raise ReplayError(f"{path} is a folder: the result is a file, name another with --out.")
+
+    def so_far(self, rows: list[Row], about: dict[str, Any]) -> None:
+        """Keep what was measured so far."""
+        _write(self.unfinished, rows, about)
+
+    def complete(self, rows: list[Row], about: dict[str, Any]) -> None:
+        """Write the result, and remove what was kept of it before."""
+        _write(self.path, rows, about)
+        self.unfinished.unlink(missing_ok=True)
+
+
+def result_path(run: Path, name: str) -> Path:
+    """Where a result of this name lies.
+
+    Raises:
+        ReplayError: It is no name of a file.
+    """
+    if not name or name != Path(name).name or name.startswith("."):
+        raise ReplayError(f"--name is the name of a file without its folder, got {name!r}.")
+    return run / "replay" / f"{name.removesuffix('.parquet')}.parquet"
+
+
+def name_of(policy: Policy, shapes: list[Shape], device: str) -> str:
+    """What a result is called if nobody says: policy, sizes, dtype, device."""
+    words = [policy.name]
+    if policy.capped:
+        words += [f"{policy.capacity_factor:g}", policy.by]
+    if policy.top_k is not None:
+        words.append(f"top{policy.top_k}")
+    sizes = sorted({f"{s.hidden}x{s.intermediate}" for s in shapes})
+    words += [sizes[0] if len(sizes) == 1 else "mixed", shapes[0].dtype, slug(device)]
+    return "-".join(words)
+
+
+def about(path: Path) -> dict[str, Any]:
+    """What a result says of itself.
+
+    Raises:
+        ReplayError: It is not a result of a replay.
+    """
+    try:
+        found = pq.read_schema(path).metadata or {}
+        said: dict[str, Any] = json.loads(found[KEY])
+    except (OSError, pa.ArrowException, KeyError, ValueError) as e:
+        raise ReplayError(f"{path} is not a result of moe-lens replay: {e}") from e
+    return said
+
+
+def _write(path: Path, rows: list[Row], about: dict[str, Any]) -> None:
+    order = sorted(rows, key=lambda row: tuple(row[name] for name in REPLAY.sort))
+    table = pa.Table.from_pylist(order, REPLAY.schema)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open_parquet(temporary, REPLAY) as writer:
+            writer.write_table(table)
+            writer.add_key_value_metadata({KEY: json.dumps(about).encode()})
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
