@@ -56,8 +56,9 @@ chromium:  ## install Debian's Chromium for the browser tests, where that is pos
 		|| echo 'chromium: cannot be installed with apt-get here; browser tests will be skipped'; \
 	fi
 
-demo: install  ## train a small MoE for two minutes, record it, print the report
+demo: install  ## train a small MoE for two minutes, record it, print the report, replay its routing
 	$(BIN)/moe-lens demo --force
+	$(BIN)/moe-lens replay traces/demo --seconds 15
 
 dashboard: install  ## look at the runs in traces/ in a browser (RUN=traces/demo: at one)
 	$(BIN)/moe-lens dashboard $(or $(RUN),traces)

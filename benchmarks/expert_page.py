@@ -28,18 +28,31 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from _common import Report, progress, scratch, table
 from questions import write
 from routing_generator import Shape
-from support.dashboard import browser, click_cell, expert_opened, served, settled
+from support.dashboard import MAP, browser, click_cell, expert_opened, served, settled
 
 WARM_UP = 2
 """Experts opened before it counts: the first of a process compiles and imports."""
 
 
+# Charts are changed in place: each says when it was painted anew.
+_OTHERS = f"""[...document.querySelectorAll('.js-plotly-plot')].filter(p => !p.matches('{MAP}'))"""
+_ARM = f"""() => {{
+  for (const plot of {_OTHERS}) {{
+    if (plot.painted === undefined) plot.on("plotly_afterplot", () => {{ plot.painted = true; }});
+    plot.painted = false;
+  }}
+}}"""
+_PAINTED = f"() => {_OTHERS}.every(plot => plot.painted !== false)"
+
+
 def opened(page: Any, layer: int, expert: int) -> float:
     """Seconds from the click on a cell until its expert is drawn."""
     click = click_cell(page, layer, expert)
+    page.evaluate(_ARM)
     began = time.perf_counter()
     click()
     expert_opened(page, layer, expert)
+    page.wait_for_function(_PAINTED)
     return time.perf_counter() - began
 
 

@@ -30,10 +30,9 @@ def demo(
     minutes: Annotated[
         float | None, typer.Option(help="Train for this time, in place of a number of steps.")
     ] = None,
-    tokens: Annotated[
-        float,
-        typer.Option(help="Share of sequences whose every routing decision is kept.", min=0, max=1),
-    ] = 0.05,
+    every: Annotated[
+        int, typer.Option(help="Every routing decision is kept in one step of so many.", min=1)
+    ] = 20,
     seed: Annotated[int, typer.Option(help="Seed of the weights and of the text's order.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads that torch uses.", min=1)] = 2,
     force: Annotated[
@@ -44,7 +43,7 @@ def demo(
 
     It learns Python, English prose, JavaScript and C++ from files that every installation has, for
     about two minutes on two CPU cores, is evaluated on held-out files of each, and ends with the
-    report. The trace counts every routing decision, and has those of some sequences one by one.
+    report. The trace counts every routing decision, and has those of each 20th step one by one.
 
     \b
     Examples:
@@ -80,7 +79,7 @@ def demo(
     model = MoELanguageModel(MoEConfig())
     console.print(_heading(model.config, sum(p.numel() for p in model.parameters())))
 
-    with moe_lens.record(model, out, tokens=tokens, token_ids=True) as recorder:
+    with moe_lens.record(model, out, tokens=moe_lens.every(every), token_ids=True) as recorder:
         with progress_bar(console) as on_step:
             train(model, corpus, recorder, recipe, on_step)
         with console.status("Evaluating on held-out files …"):

@@ -53,7 +53,7 @@ def choose(index: Index, most: int | None, *, partial: bool = False) -> Chosen:
 
     Args:
         index: What there is.
-        most: Of each phase; None: all, in the order in which they ran.
+        most: Of each phase; None: all.
         partial: Take forwards too of which only some tokens have rows.
 
     Raises:
@@ -78,10 +78,7 @@ def choose(index: Index, most: int | None, *, partial: bool = False) -> Chosen:
     taken = [_spread(found, most) for found in by_phase.values()]
     # One of each phase in turn, so that a beginning has all phases.
     longest = max(map(len, taken))
-    if most is None:
-        visited = [each for found in taken for each in found]
-    else:
-        visited = [found[i] for i in range(longest) for found in taken if i < len(found)]
+    visited = [found[i] for i in range(longest) for found in taken if i < len(found)]
     return Chosen(visited, len(every), len(every) - len(whole), partial)
 
 
@@ -103,9 +100,7 @@ def _all_tokens(index: Index, forward: Forward) -> int | None:
 
 def _spread(found: list[Forward], most: int | None) -> list[Forward]:
     """At most so many, evenly apart, ordered so that every beginning is evenly apart too."""
-    if most is None:
-        return found
-    n = min(most, len(found))
+    n = len(found) if most is None else min(most, len(found))
     at = [(2 * i + 1) * len(found) // (2 * n) for i in range(n)]
     return [found[at[i]] for i in coarse_first(n)]
 

@@ -160,25 +160,30 @@ class _Session:
             key: shape_of(info, settings, self.dtype) for key, info in index.infos.items()
         }
         self.tokens = max(f.tokens for f in chosen.forwards)
+        slots = self._try_policy()
         for key, shape in self.shapes.items():
-            top_k = settings.policy.top_k or index.infos[key].top_k or shape.experts
+            top_k = index.infos[key].top_k or slots.get(key, 1)
+            top_k = min(top_k, settings.policy.top_k or top_k)
             check_memory(shape, self.dtype, self.tokens, top_k, device)
-        if settings.policy.capped:
-            self._try_policy()
         self.rows: list[Row] = []
         self.ledger = Ledger()
         self.curves: dict[Shape, Curve] = {}
+        self.curve_s = 0.0
+        """What a curve took within the current forward."""
         self.unweighted = 0
         self.backends: dict[str, str] = {}
         self.timed: set[str] = set()
 
-    def _try_policy(self) -> None:
-        """Refuse now what the policy would refuse at the first forward."""
+    def _try_policy(self) -> dict[tuple[int, int], int]:
+        """Refuse now what the policy would refuse at the first forward; slots of a token in it."""
+        slots: dict[tuple[int, int], int] = {}
         layers = {number for _, number in self.index.infos}
         for found in read(self.index, layers, self.chosen.forwards[:1]):
             for routed in found:
-                info = self.index.infos[routed.rank, routed.layer]
-                apply(self.settings.policy, routed, info)
+                key = routed.rank, routed.layer
+                work = apply(self.settings.policy, routed, self.index.infos[key])
+                slots[key] = work.expert_ids_TK.shape[1]
+        return slots
 
     def run(self, output: results.Output) -> Replayed:
         """Measure, and write what came of it."""
@@ -192,6 +197,10 @@ class _Session:
             if not self.rows:
                 raise
             state = "interrupted"
+        except BaseException:
+            if self.rows:
+                output.so_far(self.rows, self._about("interrupted"))
+            raise
         about = self._about(state)
         if not self.rows:
             raise ReplayError(f"{self.index.files.path}: no forward that was chosen has a token.")
@@ -226,7 +235,7 @@ class _Session:
         forwards = [f for f in self.chosen.forwards if f.rank in ranks]
         must = len({f.phase for f in forwards})
         before = saved = time.monotonic()
-        until, longest, began = None, 0.0, False
+        until, longest, began, pause = None, 0.0, False, _SAVE_EVERY_S
         if self.settings.seconds is not None:
             until = before + share * (self.begun + self.settings.seconds - before)
         for done, found in enumerate(read(self.index, {n for _, n in keys}, forwards)):
@@ -241,10 +250,12 @@ class _Session:
                     now = f"{routed.phase}, layer {routed.layer}"
                     self.on_progress(Progress(done, len(forwards), now))
             now_s = time.monotonic()
-            longest, before = max(longest, now_s - before), now_s
-            if now_s - saved > _SAVE_EVERY_S:
+            longest = max(longest, now_s - before - self.curve_s)
+            before, self.curve_s = now_s, 0.0
+            if now_s - saved > pause:
                 output.so_far(self.rows, self._about("interrupted"))
-                saved = now_s
+                saved = time.monotonic()
+                pause = max(_SAVE_EVERY_S, 20 * (saved - now_s))  # many rows take long to write
         self.on_progress(Progress(len(forwards), len(forwards), ""))
 
     def _forward(self, routed: Routed, shape: Shape, layer: MoELayer) -> None:
@@ -252,7 +263,9 @@ class _Session:
         work = apply(self.settings.policy, routed, self.index.infos[routed.rank, routed.layer])
         x_TD = self._tokens(routed.tokens, shape)
         if self.settings.curve and shape not in self.curves:
+            before = time.monotonic()
             self.curves[shape] = self._curve(shape, layer, x_TD, work)
+            self.curve_s = time.monotonic() - before
         row = measured(
             layer,
             x_TD,

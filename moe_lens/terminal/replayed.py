@@ -71,7 +71,7 @@ def _heading(about: Row, path: str) -> Table:
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
     facts = {
-        "replayed": _forwards(about["forwards"], about["layers"], about["padding_rows"]),
+        "replayed": _forwards(about),
         "policy": _policy(about),
         "layer": _shapes(about),
         "weights": f"experts: random; gate: {about['weights']}",
@@ -85,7 +85,8 @@ def _heading(about: Row, path: str) -> Table:
     return grid
 
 
-def _forwards(of: Row, layers: Row, padding: int) -> str:
+def _forwards(about: Row) -> str:
+    of, layers = about["forwards"], about["layers"]
     text = f"{count(of['replayed'])} of {count(of['in_trace'])} forwards"
     if of["with_rows"] < of["in_trace"]:
         text += f", {count(of['with_rows'])} of which have per-token rows"
@@ -93,12 +94,13 @@ def _forwards(of: Row, layers: Row, padding: int) -> str:
         text += f"; {count(of['partial'])} lack some tokens' rows and count as smaller batches"
     elif of["partial"]:
         text += f"; {count(of['partial'])} lack some tokens' rows and are left out"
+    end = "time was up" if about["state"] == "complete" else "it was interrupted"
     if of["replayed"] < of["chosen"]:
-        text += f"; time was up before the other {count(of['chosen'] - of['replayed'])} chosen"
+        text += f"; {end} before the other {count(of['chosen'] - of['replayed'])} chosen"
     if layers["replayed"] < layers["chosen"]:
-        text += f"; and before {count(layers['chosen'] - layers['replayed'])} layers had their turn"
-    if padding:
-        text += f"; {count(padding)} rows of padding left out"
+        text += f"; {end} before {count(layers['chosen'] - layers['replayed'])} layers had a turn"
+    if about["padding_rows"]:
+        text += f"; {count(about['padding_rows'])} rows of padding left out"
     return text
 
 

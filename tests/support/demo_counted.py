@@ -67,7 +67,7 @@ def record_demo(path: Path, steps: int = 3) -> Counted:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Experts, "forward", experts)
         patch.setattr(TopKRouter, "forward", router)
-        with moe_lens.record(model, path, tokens=0.05) as recorder:
+        with moe_lens.record(model, path, tokens=moe_lens.every(2)) as recorder:
             corpus = load_corpus()
             train(model, corpus, recorder, Recipe(steps=steps), lambda now: None)
             evaluate(model, corpus, recorder, length=128, windows=4)

@@ -29,6 +29,7 @@ def draw(
     question: str,
     *,
     look: dict[str, Any] | None = None,
+    key: str | None = None,
     **parameters: Any,
 ) -> pd.DataFrame:
     """Ask a question within the filters, draw the figure made for it, and offer its SQL.
@@ -38,19 +39,27 @@ def draw(
         figure: One of `moe_lens.figures`, which takes this question's table.
         question: The stored question.
         look: Further arguments of the figure.
+        key: As `show` takes it.
         **parameters: Of the question, before the filters.
 
     Returns:
         The table that was drawn.
     """
     asked = run.ask(question, **parameters)
-    show(figure(asked.table, **(look or {})), asked)
+    show(figure(asked.table, **(look or {})), asked, key=key)
     return asked.table
 
 
-def show(figure: go.Figure, *asked: Asked) -> None:
-    """Draw a figure, and offer the SQL of the answers that it was made of."""
-    key = _key(figure, asked)
+def show(figure: go.Figure, *asked: Asked, key: str | None = None) -> None:
+    """Draw a figure, and offer the SQL of the answers that it was made of.
+
+    Args:
+        figure: One of ours.
+        *asked: What it was made of.
+        key: Of the chart on its page. With one, a chart of something else in the same place is
+            the old one changed, which is drawn sooner; else it is told by what was asked.
+    """
+    key = key or _key(figure, asked)
     chart(figure, key=f"chart {key}")
     ignored = sorted({name for each in asked for name in each.ignored})
     if ignored:

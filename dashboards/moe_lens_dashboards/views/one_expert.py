@@ -29,9 +29,9 @@ def one_expert(run: OpenRun, now: Chosen) -> None:
     _tiles(now, load.table)
     left, right = st.columns(2)
     with left:
-        show(expert_over_time(load.table), load)
+        show(expert_over_time(load.table), load, key="expert over time")
     with right:
-        draw(run, expert_tags, "expert_tags", **where)
+        draw(run, expert_tags, "expert_tags", key="expert tags", **where)
     if not run.info.token_rows:
         st.markdown("**Positions, companions and tokens**")
         not_recorded("token rows")
@@ -39,9 +39,9 @@ def one_expert(run: OpenRun, now: Chosen) -> None:
     serves = run.ask("expert_serves", min_times=_MIN_TIMES, **where)
     left, right = st.columns(2)
     with left:
-        show(expert_positions(serves.table), serves)
+        show(expert_positions(serves.table), serves, key="expert positions")
     with right:
-        draw(run, expert_companions, "expert_companions", **where)
+        draw(run, expert_companions, "expert_companions", key="companions", **where)
     _tokens(run, serves)
 
 

@@ -131,6 +131,11 @@ def arguments(
     }
 
 
+def options(tile: Tile) -> dict[str, Any]:
+    """How the kernel is compiled. Fusing is said, since triton 3.10 changes what it does unsaid."""
+    return {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+
+
 def grouped_mm(
     x_SD: Tensor,
     w_EFD: Tensor,
@@ -178,8 +183,7 @@ def grouped_mm(
             depth,
             x_SD.stride(0),
             w_EFD.stride(0),
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            **options(tile),
             **arguments(experts, depth, tile, top_k=top_k, swiglu=swiglu),
         )
     return y_SF

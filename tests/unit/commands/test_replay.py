@@ -136,6 +136,7 @@ def test_ctrl_c(run: Path, env: dict[str, str]) -> None:
     assert pq.read_table(left).num_rows == 2
     assert done.stderr == f"interrupted: what was measured so far is in {left}\n"
     assert "(interrupted: partial)" in " ".join(done.stdout.split())
+    assert "it was interrupted before the other 1 chosen" in " ".join(done.stdout.split())
     assert "this routing costs" in done.stdout
 
 
@@ -251,8 +252,8 @@ def test_the_page_fits_and_says_what_was_measured(width: int) -> None:
     flat = " ".join(text.split())
     for said in (
         "12 of 9,000 forwards, 5,000 of which have per-token rows; 100 lack some tokens' rows and "
-        "are left out; time was up before the other 36 chosen; and before 2 layers had their turn; "
-        "321 rows of padding left out",
+        "are left out; time was up before the other 36 chosen; time was up before 2 layers had a "
+        "turn; 321 rows of padding left out",
         "drop, capacity factor 1.25, by prob; top-1 of the largest weights, weights sum to 1 again",
         "64 experts, top-8, hidden 4,096, intermediate 14,336, bfloat16 (sizes of mixtral-8x7b, "
         "which has 8 experts, top-2: this is the trace's routing at that size)",

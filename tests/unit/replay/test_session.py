@@ -139,15 +139,15 @@ def test_every_layer_gets_the_same_forwards_and_no_more_than_asked(run: Path) ->
 
 
 def test_time_runs_out(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", steps=40, tokens=8).path
+    run = write_run(tmp_path / "run", steps=400, tokens=4).path
     before = time.monotonic()
-    found = replay(run, Settings(**{**QUICK, "forwards": None, "seconds": 1.5}))
+    found = replay(run, Settings(**{**QUICK, "forwards": None, "seconds": 1.0}))
     assert time.monotonic() - before < 10
     steps = {n: [r["step"] for r in found.rows if r["layer"] == n] for n in (0, 1)}
     assert steps[0] == steps[1]
-    assert 2 <= len(steps[0]) < 40
+    assert 2 <= len(steps[0]) < 400
     assert found.about["state"] == "complete"
-    assert found.about["forwards"]["chosen"] == 40
+    assert found.about["forwards"]["chosen"] == 400
 
 
 def test_one_layer_of_one_forward_in_any_case(run: Path) -> None:
@@ -186,18 +186,21 @@ def test_ctrl_c_before_anything_was_measured(run: Path) -> None:
     assert list((run / "replay").iterdir()) == []
 
 
-def test_a_killed_replay_leaves_what_it_saved(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "_SAVE_EVERY_S", 0.0)
+@pytest.mark.parametrize("every", [0.0, 1e9])
+def test_a_replay_that_fails_leaves_what_it_measured(
+    run: Path, every: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "_SAVE_EVERY_S", every)
 
     def die(now: Progress) -> None:
-        if now.done == 1:
+        if now.done == 1 and now.now.endswith("layer 0"):
             raise MemoryError
 
     with pytest.raises(MemoryError):
         replay(run, Settings(**QUICK), name="n", on_progress=die)
     left = run / "replay" / "n-interrupted.parquet"
     assert results.about(left)["state"] == "interrupted"
-    assert pq.read_table(left).num_rows == 2
+    assert pq.read_table(left).num_rows == 3
 
 
 def test_threads_are_given_back(run: Path) -> None:

@@ -142,7 +142,7 @@ def compiled(arch, tile, dtype, *, swiglu, depth=2048):
         {(names.index(name),): value for name, value in constants.items()},
         {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    options = triton_kernel.options(tile)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
