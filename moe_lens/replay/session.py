@@ -291,6 +291,7 @@ class _Session:
         return time.monotonic() - self.begun
 
     def _layer(self, shape: Shape) -> MoELayer:
+        self.on_progress(Progress(0, 1, "making random weights"))
         return MoELayer.random(
             shape.experts,
             shape.hidden,

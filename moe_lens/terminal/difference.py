@@ -12,7 +12,7 @@ from rich.text import Text
 
 from moe_lens.numbers import NONE, count, decimal, percent
 from moe_lens.terminal.grid import NARROW, add_numbers, add_row, notes, table
-from moe_lens.terminal.page import print_plain
+from moe_lens.terminal.plain import print_plain
 
 if TYPE_CHECKING:
     from moe_lens.queries.diff import Difference

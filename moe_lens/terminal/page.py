@@ -16,6 +16,7 @@ from moe_lens.terminal.heading import heading
 from moe_lens.terminal.health import health
 from moe_lens.terminal.heatmap import HeatMap
 from moe_lens.terminal.layers import balance
+from moe_lens.terminal.plain import print_plain
 from moe_lens.terminal.tags import hottest, losses, routing
 
 if TYPE_CHECKING:
@@ -91,15 +92,3 @@ def _beside(left: RenderableType, right: RenderableType, half: int) -> Table:
     grid.add_column(width=half)
     grid.add_row(left, right)
     return grid
-
-
-def print_plain(console: Console, *parts: RenderableType) -> None:
-    """Print without the blanks with which rich fills lines: a piped page has none at line ends."""
-    for part in parts:
-        if console.is_terminal:
-            console.print(part)
-        else:
-            with console.capture() as captured:
-                console.print(part)
-            lines = (line.rstrip() for line in captured.get().splitlines())
-            console.file.write("".join(f"{line}\n" for line in lines))

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from moe_lens.numbers import NONE, count, decimal, percent, times
 from moe_lens.terminal.grid import add_numbers, add_row, notes, table
+from moe_lens.terminal.plain import print_plain
 
 Row = dict[str, Any]
 
@@ -32,12 +33,12 @@ def print_replay(
         answers: What the routing costs, in sentences.
         path: Of the result's file.
     """
-    _print_plain(console, Padding.indent(_heading(about, path), _INDENT))
+    print_plain(console, Padding.indent(_heading(about, path), _INDENT))
     for phase in dict.fromkeys(row["phase"] for row in layers):
         mine = [row for row in layers if row["phase"] == phase]
         forwards = max(row["forwards"] for row in mine)
         title = f"{phase}: {count(forwards)} forward{'s' if forwards != 1 else ''} a layer"
-        _print_plain(
+        print_plain(
             console,
             Group("", Text(title, style="bold")),
             Padding.indent(_times(mine), _INDENT),
@@ -45,25 +46,13 @@ def print_replay(
             Padding.indent(_ran(mine, about), _INDENT),
         )
         if any(row["stages_ns"] for row in mine):
-            _print_plain(console, "", Padding.indent(_stages(mine), _INDENT))
+            print_plain(console, "", Padding.indent(_stages(mine), _INDENT))
         hot = [row for row in about["attributed"] if row["phase"] == phase and row["experts"]]
         if hot:
-            _print_plain(console, "", Padding.indent(_hot(hot), _INDENT))
-    _print_plain(console, Padding.indent(notes(*_explained(about)), _INDENT), "")
+            print_plain(console, "", Padding.indent(_hot(hot), _INDENT))
+    print_plain(console, Padding.indent(notes(*_explained(about)), _INDENT), "")
     for answer in answers:
-        _print_plain(console, Text(answer, style="bold"))
-
-
-def _print_plain(console: Console, *parts: RenderableType) -> None:
-    """As `page.print_plain`, whose imports (DuckDB) a GPU node may lack: no blanks at line ends."""
-    for part in parts:
-        if console.is_terminal:
-            console.print(part)
-        else:
-            with console.capture() as captured:
-                console.print(part)
-            lines = (line.rstrip() for line in captured.get().splitlines())
-            console.file.write("".join(f"{line}\n" for line in lines))
+        print_plain(console, Text(answer, style="bold"))
 
 
 def _heading(about: Row, path: str) -> Table:

@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 from support.traces import segment, stream, write_run
 
-COMMANDS = ("demo", "record", "info", "report", "query", "recover", "dashboard", "diff")
+COMMANDS = ("demo", "record", "info", "report", "query", "recover", "dashboard", "diff",
+            "replay", "machine")  # fmt: skip
 
 
 def moe_lens(*words: object, **more: object) -> subprocess.CompletedProcess[str]:
