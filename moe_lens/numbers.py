@@ -1,4 +1,4 @@
-"""Numbers for people: thousands separators, and no more digits than mean something."""
+"""Numbers for people: thousands separators, no more digits than mean something; and for JSON."""
 
 from __future__ import annotations
 
@@ -34,3 +34,14 @@ def times(ratio: float | None) -> str:
     if ratio is None or math.isnan(ratio):
         return NONE
     return f"{ratio:.0f}×" if ratio >= 99.5 else f"{ratio:.1f}×"
+
+
+def finite(value: object) -> object:
+    """A value as JSON can say it: null for NaN and infinity, lists and dicts all through."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, list):
+        return [finite(v) for v in value]
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    return value

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from pathlib import Path
 
+from moe_lens.numbers import finite
 from moe_lens.queries.files import csv_bytes, parquet_bytes
 from moe_lens.queries.result import Result
 
@@ -22,7 +22,7 @@ def to_text(answer: Result, format: str, rows: int | None) -> str:
     if format == "csv":
         return csv_bytes(answer).decode()
     if format == "json":
-        lines = [json.dumps(_finite(row), ensure_ascii=False, default=str) for row in answer.rows()]
+        lines = [json.dumps(finite(row), ensure_ascii=False, default=str) for row in answer.rows()]
         return "[" + ",\n ".join(lines) + "]\n"
     return answer.text(rows) + "\n"
 
@@ -34,14 +34,3 @@ def write_parquet(answer: Result, out: Path | None) -> None:
         sys.stdout.buffer.write(data)
     else:
         out.write_bytes(data)
-
-
-def _finite(value: object) -> object:
-    """The value as JSON can say it: no NaN, no infinity."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    return value

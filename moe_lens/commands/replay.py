@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moe_lens.commands.arguments import Phase, Run
 from moe_lens.errors import CommandError
+from moe_lens.numbers import finite
 
 if TYPE_CHECKING:
     from moe_lens.replay.policies import Policy
@@ -186,7 +187,7 @@ def _print(found: Replayed, as_json: bool) -> None:
             "layers": found.by_layer(),
             "about": found.about,
         }
-        typer.echo(json.dumps(_finite(said), ensure_ascii=False, indent=1))
+        typer.echo(json.dumps(finite(said), ensure_ascii=False, indent=1))
         return
     from rich.console import Console
 
@@ -265,14 +266,3 @@ def _progress_bar() -> Iterator[Callable[[Progress], None]]:
             bar.update(task, completed=now.done, total=now.of or None, description=now.now)
 
         yield on_progress
-
-
-def _finite(value: Any) -> Any:
-    """The value as JSON can say it: no NaN, no infinity."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    return value
