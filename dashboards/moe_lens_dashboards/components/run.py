@@ -22,6 +22,8 @@ class Asked:
     table: pd.DataFrame
     ignored: tuple[str, ...] = ()
     """Filters that are set and that the question does not know."""
+    at_most: int | None = None
+    """Tokens that it looked at, where more were kept; None: at all."""
 
     @property
     def sql(self) -> str:
@@ -58,11 +60,14 @@ class OpenRun:
             TraceError: The run cannot be read (any more).
             QueryError: No such question, or a parameter that it does not take.
         """
-        known = {p.name for p in stored(question).parameters}
+        known = {p.name: p for p in stored(question).parameters}
         given = self.filters.given()
         ignored = tuple(k for k in given if k not in known and k not in parameters)
         asked = {k: v for k, v in given.items() if k in known} | parameters
-        return Asked(question, asked, traces.answer(self.path, question, asked), ignored)
+        most = asked.get("most", known["most"].default) if "most" in known else None
+        at_most = most if most is not None and self.info.token_rows > most else None
+        table = traces.answer(self.path, question, asked)
+        return Asked(question, asked, table, ignored, at_most)
 
     def every(self) -> int:
         """Steps per bucket of a chart over the filtered time."""

@@ -12,6 +12,7 @@ import plotly.graph_objects as go
 import streamlit as st
 
 from moe_lens.figures.theme import dressed
+from moe_lens.numbers import count
 from moe_lens_dashboards.components import link
 from moe_lens_dashboards.components.run import Asked, OpenRun
 from moe_lens_dashboards.components.words import plain
@@ -64,6 +65,8 @@ def show(figure: go.Figure, *asked: Asked, key: str | None = None) -> None:
     ignored = sorted({name for each in asked for name in each.ignored})
     if ignored:
         st.caption(f"Not narrowed by: {', '.join(plain(n.replace('_', ' ')) for n in ignored)}.")
+    for most in {each.at_most for each in asked if each.at_most is not None}:
+        st.caption(f"From about {count(most)} of the tokens, drawn evenly: `most` in its SQL.")
     sql(*asked, key=key)
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import base64
+import inspect
 import json
 from collections import Counter
 from itertools import permutations
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import numpy as np
 import pytest
+from streamlit.testing.v1 import AppTest
 from support.apptest import texts, turned
 from support.sequences import Choice, write_sequences
 from support.traces import write_run
@@ -112,3 +115,20 @@ def test_without_token_rows(opened: Any, tmp_path: Path) -> None:
     assert not app.exception
     assert "No rows of single tokens were kept." in texts(app)
     assert not charts(app)
+
+
+def test_what_was_thinned_says_so(tmp_path: Path) -> None:
+    def drawn(path: str, most: int | None) -> None:
+        from moe_lens.figures.co_activation import co_activation
+        from moe_lens_dashboards.components.filters import Filters
+        from moe_lens_dashboards.components.run import OpenRun
+        from moe_lens_dashboards.components.show import draw
+
+        draw(OpenRun(path, "run", Filters()), co_activation, "co_activation", layer=0, most=most)
+
+    path = str(write_run(tmp_path / "run").path)
+    for most, said in ((5, True), (None, False), (1_000_000, False)):
+        script = f"{dedent(inspect.getsource(drawn))}\ndrawn({path!r}, {most})"
+        app = AppTest.from_string(script).run()
+        assert not app.exception
+        assert ("From about 5 of the tokens" in texts(app)) is said
