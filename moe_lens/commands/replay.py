@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from moe_lens.replay.policies import Policy
     from moe_lens.replay.session import Progress, Replayed
 
-FORWARDS, SECONDS, FACTOR = 24, 20.0, 1.25
+FORWARDS, SECONDS = 24, 20.0
 
 
 class PolicyName(StrEnum):
@@ -55,7 +55,7 @@ def replay(
     ] = PolicyName.recorded,
     capacity_factor: Annotated[
         float | None,
-        typer.Option(help=f"Of drop and reroute: room per expert; default {FACTOR}."),
+        typer.Option(help="Of drop and reroute: room per expert; default 1.25."),
     ] = None,
     priority: Annotated[
         Priority | None,
@@ -145,10 +145,9 @@ def replay(
     from moe_lens.replay.session import replay as run_replay
     from moe_lens.replay.settings import Settings
 
-    capped = policy in (PolicyName.drop, PolicyName.reroute)
     rules: Policy = Rules(
         policy.value,
-        (capacity_factor or FACTOR) if capped else None,
+        capacity_factor,
         (priority or Priority.position).value,
         top_k,
     )

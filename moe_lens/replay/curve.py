@@ -127,7 +127,8 @@ def measure_curve(
     """Measure the curve of a layer's experts.
 
     Args:
-        layer: Of the shape.
+        layer: Of the shape, forced to the backend that runs the forward beside it: another one's
+            time for the same rows says nothing of that forward.
         most: Rows up to which.
         repeats: Measurements of each point; the median counts.
         seed: Of the inputs.

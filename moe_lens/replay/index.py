@@ -105,6 +105,19 @@ def _layers(files: RunFiles, layers: frozenset[int] | None) -> dict[tuple[int, i
 
 
 def _nothing(files: RunFiles, phase: str | None, steps: range | None) -> str:
+    there = pa.concat_tables(
+        [tables.rows(files, "steps", rank, ("step", "phase"), None) for rank in tables.ranks(files)]
+    )
+    phases = sorted(set(there["phase"].to_pylist()))
+    if phase is not None and phase not in phases:
+        return f"{files.path} has no phase {phase!r}: its phases are {', '.join(phases)}."
+    if steps is not None and there.num_rows:
+        known = pc.min_max(there["step"]).as_py()
+        if steps.stop <= known["min"] or steps.start > known["max"]:
+            return (
+                f"{files.path} has no steps {steps.start} to {steps.stop - 1}: its steps are "
+                f"{known['min']} to {known['max']}."
+            )
     where = "" if phase is None else f" of phase {phase!r}"
     where += "" if steps is None else f" of steps {steps.start} to {steps.stop - 1}"
     return (

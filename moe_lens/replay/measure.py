@@ -69,11 +69,17 @@ def measured(
         own = layer.parts(x_TD, torch.from_numpy(ids_TK).to(layer.device), weights_TK)
         alone = interleaved(own, repeats, layer.device, graphs=graphs)
         parts = {name: 1e9 * median(rounds) for name, rounds in alone.items()}
+    counted = counts(routed, work, shape, ceiling)
+    noise = taken["time"] * noise_floor(seconds["time"], seconds["again"])
+    if (
+        counted["touched"] == shape.experts
+    ):  # both twins are the same work: a second sample of noise
+        noise = max(noise, abs(taken["balanced"] - taken["same_touched"]))
     return {
-        **counts(routed, work, shape, ceiling),
+        **counted,
         "time_ns": taken["time"],
         "again_ns": taken["again"],
-        "noise_ns": taken["time"] * noise_floor(seconds["time"], seconds["again"]),
+        "noise_ns": noise,
         "balanced_ns": taken["balanced"],
         "same_touched_ns": taken["same_touched"],
         **{f"{name}_ns": parts.get(name) for name in floors.STAGES},

@@ -24,6 +24,7 @@ from moe_lens.runtime.checks import check_ids
 from moe_lens.trace.meta import LayerInfo
 
 POLICIES = ("recorded", "dropless", "drop", "reroute")
+CAPACITY_FACTOR = 1.25
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,9 @@ class Policy:
     """One of `POLICIES`, and its numbers.
 
     Attributes:
-        capacity_factor: Of `drop` and `reroute`: an expert takes C = ceil(factor * choices / E),
-            where choices are the T * K of a batch that has no zero experts and no dynamic k.
+        capacity_factor: Of `drop` and `reroute` (None: `CAPACITY_FACTOR`): an expert takes
+            C = ceil(factor * choices / E), where choices are the T * K of a batch that has no zero
+            experts and no dynamic k.
         by: What an expert that is full prefers: "position" (tokens that come first) or "prob" (the
             larger recorded gate weight).
         top_k: Keep so many choices of each token, those of the largest gate weights. None: all.
@@ -42,6 +44,20 @@ class Policy:
     capacity_factor: float | None = None
     by: str = "position"
     top_k: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in POLICIES:
+            raise ReplayError(
+                f"There is no policy {self.name!r}: it is one of {', '.join(POLICIES)}."
+            )
+        if self.by not in ("position", "prob"):
+            raise ReplayError(f"A full expert prefers by position or prob, not by {self.by!r}.")
+        if self.capped and self.capacity_factor is None:
+            object.__setattr__(self, "capacity_factor", CAPACITY_FACTOR)
+        if self.capacity_factor is not None and not 0 < self.capacity_factor < math.inf:
+            raise ReplayError(f"A capacity factor is above 0, got {self.capacity_factor:g}.")
+        if self.top_k is not None and self.top_k < 1:
+            raise ReplayError(f"top_k is 1 or more, got {self.top_k}.")
 
     @property
     def capped(self) -> bool:
@@ -131,8 +147,8 @@ def _runners_up(policy: Policy, routed: Routed) -> tuple[Ids, Floats]:
     if ids_TM is None or weights_TM is None:
         raise ReplayError(
             f"{_where(routed)}: no runners-up were recorded (next_ids), so there is nowhere to "
-            "reroute to. Record a router that ranks its experts with tokens=1.0, or with rec.log "
-            "hand over next_ids; or take --policy drop."
+            "reroute to. Record a router that ranks its experts with tokens=1.0, and where rec.log "
+            "is used give it the logits; or take --policy drop."
         )
     unknown = int(np.isnan(weights_TM[ids_TM >= 0]).sum())
     if policy.by == "prob" and unknown:

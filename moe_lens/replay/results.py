@@ -20,7 +20,7 @@ from moe_lens.errors import ReplayError
 from moe_lens.replay.floors import Shape
 from moe_lens.replay.machine import slug
 from moe_lens.replay.measure import Row
-from moe_lens.replay.policies import Policy
+from moe_lens.replay.settings import Settings
 from moe_lens.trace.schema import REPLAY
 from moe_lens.trace.segment import open_parquet
 
@@ -74,8 +74,12 @@ def result_path(run: Path, name: str) -> Path:
     return run / "replay" / f"{name.removesuffix('.parquet')}.parquet"
 
 
-def name_of(policy: Policy, shapes: list[Shape], device: str) -> str:
-    """What a result is called if nobody says: policy, sizes, dtype, device."""
+def name_of(settings: Settings, shapes: list[Shape], device: str) -> str:
+    """What a result is called if nobody says: what is replayed, policy, sizes, dtype, device.
+
+    A replay of a part of the run, or by another backend, does not replace that of the whole.
+    """
+    policy = settings.policy
     words = [policy.name]
     if policy.capped:
         words += [f"{policy.capacity_factor:g}", policy.by]
@@ -83,6 +87,14 @@ def name_of(policy: Policy, shapes: list[Shape], device: str) -> str:
         words.append(f"top{policy.top_k}")
     sizes = sorted({f"{s.hidden}x{s.intermediate}" for s in shapes})
     words += [sizes[0] if len(sizes) == 1 else "mixed", shapes[0].dtype, slug(device)]
+    if settings.backend != "auto":
+        words.append(slug(settings.backend))
+    if settings.phase is not None:
+        words.append(slug(settings.phase))
+    if settings.layers is not None:
+        words.append("layers-" + slug(",".join(map(str, sorted(settings.layers)))))
+    if settings.steps is not None:
+        words.append(f"steps-{settings.steps.start}-{settings.steps.stop - 1}")
     return "-".join(words)
 
 

@@ -111,7 +111,7 @@ def replay(
         if path is None:
             if name is None:
                 shapes = list(work.shapes.values())
-                name = results.name_of(settings.policy, shapes, work.device_name)
+                name = results.name_of(settings, shapes, work.device_name)
             path = results.result_path(files.path, name)
         return work.run(results.Output(path))
 
@@ -167,7 +167,8 @@ class _Session:
             check_memory(shape, self.dtype, self.tokens, top_k, device)
         self.rows: list[Row] = []
         self.ledger = Ledger()
-        self.curves: dict[Shape, Curve] = {}
+        self.curves: dict[tuple[Shape, str], Curve] = {}
+        """By what runs them, since a batch of few slots may be run by another backend."""
         self.curve_s = 0.0
         """What a curve took within the current forward."""
         self.unweighted = 0
@@ -250,7 +251,8 @@ class _Session:
                     now = f"{routed.phase}, layer {routed.layer}"
                     self.on_progress(Progress(done, len(forwards), now))
             now_s = time.monotonic()
-            longest = max(longest, now_s - before - self.curve_s)
+            if done or self.device.type == "cpu":  # the first on a GPU compiles its kernels
+                longest = max(longest, now_s - before - self.curve_s)
             before, self.curve_s = now_s, 0.0
             if now_s - saved > pause:
                 output.so_far(self.rows, self._about("interrupted"))
@@ -262,9 +264,11 @@ class _Session:
         """Measure one layer in one forward."""
         work = apply(self.settings.policy, routed, self.index.infos[routed.rank, routed.layer])
         x_TD = self._tokens(routed.tokens, shape)
-        if self.settings.curve and shape not in self.curves:
+        backend = layer.backend_for(work.expert_ids_TK.size)
+        if self.settings.curve and (shape, backend.name) not in self.curves:
             before = time.monotonic()
-            self.curves[shape] = self._curve(shape, layer, x_TD, work)
+            forced = layer.forced(backend.name)
+            self.curves[shape, backend.name] = self._curve(shape, forced, x_TD, work)
             self.curve_s = time.monotonic() - before
         row = measured(
             layer,
@@ -278,14 +282,19 @@ class _Session:
         )
         self.rows.append(row)
         self.unweighted += routed.unweighted
-        backend = layer.backend_for(work.expert_ids_TK.size)
         self.backends[backend.name] = backend.why
         captured = in_graphs(layer, work.expert_ids_TK.size)
         self.timed.add("graphs" if captured else "launches (this backend waits for the device)")
         if self.settings.curve:
             rows_E = rows_by_expert(work.expert_ids_TK, shape.experts)
             took = row["time_ns"]
-            self.ledger.add(routed.layer, routed.phase, rows_E, self.curves[shape], took)
+            curve = self.curves[shape, backend.name]
+            self.ledger.add(routed.layer, routed.phase, rows_E, curve, took)
+
+    def _finish(self) -> None:
+        """Wait until the device has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def _elapsed(self) -> float:
         return time.monotonic() - self.begun
@@ -309,8 +318,10 @@ class _Session:
         repeats, most = self.settings.repeats, self.tokens
         if self.settings.seconds is not None:
             beside()
+            self._finish()
             before = time.monotonic()
             beside()
+            self._finish()
             once = time.monotonic() - before
             spare = _CURVE_SHARE * (self.settings.seconds - self._elapsed())
             # In rounds: each repeat, and two to warm up. Points up to n have 2 n rows together.
@@ -323,6 +334,14 @@ class _Session:
         generator = torch.Generator(self.device).manual_seed(self.settings.seed)
         x_TD = torch.randn(tokens, shape.hidden, device=self.device, generator=generator)
         return x_TD.to(self.dtype)
+
+    def _missing(self) -> dict[str, list[int]]:
+        """Layers of which no forward was measured, by phase."""
+        layers = {n for _, n in self.shapes}
+        found = {(row["phase"], row["layer"]) for row in self.rows}
+        phases = sorted({f.phase for f in self.chosen.forwards})
+        gone = {p: sorted(n for n in layers if (p, n) not in found) for p in phases}
+        return {phase: missing for phase, missing in gone.items() if missing}
 
     def _about(self, state: str) -> dict[str, Any]:
         tokens = sum(row["tokens"] for row in self.rows)
@@ -362,9 +381,13 @@ class _Session:
             "layers": {
                 "chosen": len({n for _, n in infos}),
                 "replayed": len({row["layer"] for row in self.rows}),
+                "missing": self._missing(),
             },
             "padding_rows": self.index.padding,
-            "curves": [{**asdict(s), **asdict(c)} for s, c in self.curves.items()],
+            "curves": [
+                {**asdict(shape), "backend": backend, **asdict(curve)}
+                for (shape, backend), curve in self.curves.items()
+            ],
             "attributed": [
                 {
                     "layer": layer,

@@ -17,6 +17,9 @@ from moe_lens.replay.measure import Row
 
 Summary = dict[str, Any]
 
+ENOUGH = 3
+"""Forwards from which on a difference is called one: noise of one or two is not known well."""
+
 
 def by_layer(rows: list[Row]) -> list[Summary]:
     """A row for each phase and layer, phases in the order in which they ran."""
@@ -106,6 +109,9 @@ def _answer(of: Summary) -> str:
     over = f"{_of(count, 'forward')}, {_of(layers, 'layer')}; A/A noise {_tenths(noise)}"
     if math.isnan(ratio):
         return f"{of['phase']}: no expert computed anything ({over})."
+    if count < ENOUGH:
+        said = f"{ratio:.2f}× a balanced routing; too few to call it more or less"
+        return f"{of['phase']}: {said} ({over})."
     if not differs(ratio, noise):
         text = f"this routing costs what a balanced one costs ({over})"
     else:

@@ -104,6 +104,10 @@ class MoELayer:
             self._backends[slots] = resolve(self._wish, self._shape, slots)
         return self._backends[slots]
 
+    def forced(self, backend: str) -> MoELayer:
+        """A layer of the same weights that another backend runs, whatever the batch."""
+        return MoELayer(self._gate_up, self._down, backend=backend)
+
     def expect(self, rows_E: Iterable[int]) -> None:
         """Choose the tiles of the Triton kernel for experts with these rows, as recorded.
 

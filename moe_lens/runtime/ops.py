@@ -17,7 +17,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from moe_lens.errors import RuntimeInputError
+from moe_lens.errors import RuntimeInputError, RuntimeUnavailable
 from moe_lens.runtime import checks, cpu
 from moe_lens.runtime import reference as plain
 from moe_lens.runtime.plan import Placed, Plan
@@ -130,8 +130,12 @@ def combine(y_SD: Tensor, plan: Plan, weights_TK: Tensor, *, reference: bool = F
 
 def flush_l2(device: torch.device) -> None:
     """Push what a CUDA device has in its L2 cache out of it; on a CPU nothing happens."""
-    if device.type == "cuda":
+    if device.type != "cuda":
+        return
+    try:
         _kernels().flush_l2(device)
+    except RuntimeUnavailable:
+        plain.flush_l2(device)
 
 
 def _home(tensor: Tensor, reference: bool) -> ModuleType:

@@ -9,6 +9,8 @@ M runners-up of a token.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -200,3 +202,14 @@ def _placed(placed_S: Tensor, runner_up_S: Tensor, expert_ids_TK: Tensor) -> Pla
     return Placed(
         placed_S.reshape(shape).to(torch.int32), runner_up_S.reshape(shape).to(torch.int32)
     )
+
+
+def flush_l2(device: torch.device) -> None:
+    """Read four times what a CUDA device's L2 cache holds, so that nothing else is left in it."""
+    _four_times_l2(device).sum()
+
+
+@cache
+def _four_times_l2(device: torch.device) -> Tensor:
+    size = torch.cuda.get_device_properties(device).L2_cache_size
+    return torch.zeros(4 * size // 8, dtype=torch.int64, device=device)

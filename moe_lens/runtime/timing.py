@@ -14,6 +14,7 @@ import gc
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -107,19 +108,44 @@ def _on_cuda(
             work()
     torch.cuda.current_stream(device).wait_stream(side)
     torch.cuda.synchronize(device)
-    run: Work = work
-    if graphs:
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):
-                work()
-        except RuntimeError as error:
-            raise RuntimeInputError(
-                f"{name} cannot be captured in a CUDA graph (does it wait for the device?): "
-                f"{str(error).splitlines()[0]}; time it with graphs=False"
-            ) from error
-        run = graph.replay
+    run: Work = _captured(name, work, device) if graphs else work
     return lambda: _measure(run, device, cold)
+
+
+def _captured(name: str, work: Work, device: torch.device) -> Work:
+    """A replay of the work as a CUDA graph."""
+    stream = torch.cuda.current_stream(device)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        _without_waiting(work)
+        with torch.cuda.graph(graph):
+            work()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        torch.cuda.set_stream(stream)  # torch.cuda.graph leaves its own behind when it fails
+        raise RuntimeInputError(
+            f"{name} cannot be captured in a CUDA graph (does it wait for the device?): "
+            f"{str(error).splitlines()[0]}; time it with graphs=False"
+        ) from error
+    graph.replay()  # the first launch of a graph brings it to the device
+    torch.cuda.synchronize(device)
+    return graph.replay
+
+
+def _without_waiting(work: Work) -> None:
+    """Run a work, and raise where it waits for the device.
+
+    Found out before a capture: one that fails leaves torch up to 2.11 believing that it goes on.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the mode being a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        work()
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def _measure(run: Work, device: torch.device, cold: bool) -> Read:

@@ -86,8 +86,8 @@ def _forwards(about: Row) -> str:
     end = "time was up" if about["state"] == "complete" else "it was interrupted"
     if of["replayed"] < of["chosen"]:
         text += f"; {end} before the other {count(of['chosen'] - of['replayed'])} chosen"
-    if layers["replayed"] < layers["chosen"]:
-        text += f"; {end} before {count(layers['chosen'] - layers['replayed'])} layers had a turn"
+    for phase, missing in layers["missing"].items():
+        text += f"; {end} before a forward of {phase} ran in layer {', '.join(map(str, missing))}"
     if about["padding_rows"]:
         text += f"; {count(about['padding_rows'])} rows of padding left out"
     return text
@@ -116,8 +116,9 @@ def _shapes(about: Row) -> str:
         for e, k, d, f, dtype in kinds
     )
     preset = about["preset"]
-    if preset is None:
-        return text
+    sizes = {k[2:4] for k in kinds}
+    if preset is None or sizes != {(preset["hidden"], preset["intermediate"])}:
+        return text  # given sizes come before the preset's
     text += f" (sizes of {preset['name']}"
     if any(k[:2] != (preset["experts"], preset["top_k"]) for k in kinds):
         text += (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -24,5 +25,11 @@ def run(tmp_path):
 @pytest.fixture
 def no_waiting():
     """Makes torch raise for every call that would make the host wait for the device."""
-    yield lambda on: torch.cuda.set_sync_debug_mode("error" if on else "default")
+
+    def set_mode(on: bool) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the mode being a prototype
+            torch.cuda.set_sync_debug_mode("error" if on else "default")
+
+    yield set_mode
     torch.cuda.set_sync_debug_mode("default")

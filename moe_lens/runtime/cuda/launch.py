@@ -68,8 +68,8 @@ def load(index: int) -> dict[str, Any]:
                 "the CUDA kernels cannot be loaded while a graph is being captured: run the "
                 "captured code once before, as torch.cuda.graph asks for anyway"
             )
+        toolkit = compiler.nvrtc_version()  # first: it says if a package is missing
         driver = _driver_version()
-        toolkit = compiler.nvrtc_version()
         if driver < toolkit[0]:
             raise RuntimeUnavailable(too_old(driver, toolkit))
         arch = compiler.arch_of(torch.cuda.get_device_capability(index))

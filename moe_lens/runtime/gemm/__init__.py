@@ -52,5 +52,6 @@ def grouped_mm(x_SD: Tensor, w_EFD: Tensor, ends_E: Tensor, backend: str | None 
 
         block = tiles.block_rows([-(-len(x_SD) // experts)] * experts)
         tile = tiles.tile_for(block, x_SD.dtype, swiglu=False)
-        return triton_kernel.grouped_mm(x_SD, w_EFD, ends_E, tile)
+        # The kernel steps through rows whose numbers stand side by side.
+        return triton_kernel.grouped_mm(x_SD.contiguous(), w_EFD.contiguous(), ends_E, tile)
     raise RuntimeInputError(f"no grouped matrix product {backend!r}: there are {', '.join(NAMES)}")

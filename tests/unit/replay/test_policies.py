@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from support.traces import layer_info
 
 from moe_lens.errors import ReplayError, RuntimeInputError
-from moe_lens.replay.policies import Policy, apply, room
+from moe_lens.replay.policies import CAPACITY_FACTOR, Policy, apply, room
 from moe_lens.replay.routing import Routed
 
 E = 6
@@ -169,3 +170,23 @@ def test_refused() -> None:
         apply(Policy("reroute", 1.0, "prob"), unknown, INFO)
     with pytest.raises(RuntimeInputError, match="twice"):
         apply(Policy(), routed([[2, 2]]), INFO)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"name": "nonsense"}, "no policy 'nonsense'"),
+        ({"name": "drop", "capacity_factor": 0.0}, "above 0, got 0"),
+        ({"name": "drop", "capacity_factor": math.nan}, "above 0, got nan"),
+        ({"name": "drop", "by": "luck"}, "not by 'luck'"),
+        ({"top_k": 0}, "top_k is 1 or more, got 0"),
+    ],
+)
+def test_what_is_no_policy(words: dict[str, Any], said: str) -> None:
+    with pytest.raises(ReplayError, match=said):
+        Policy(**words)
+
+
+def test_a_capacity_has_a_default_factor() -> None:
+    assert Policy("drop").capacity_factor == CAPACITY_FACTOR
+    assert Policy("dropless").capacity_factor is None

@@ -251,8 +251,10 @@ def test_refused(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run").path
     with pytest.raises(ReplayError, match="no layer 5: its layers are 0-1"):
         index_of(open_run(run), layers=frozenset({5}))
-    with pytest.raises(ReplayError, match="no per-token rows of phase 'decode'"):
+    with pytest.raises(ReplayError, match="no phase 'decode': its phases are eval, train"):
         index_of(open_run(run), phase="decode")
+    with pytest.raises(ReplayError, match="no steps 90 to 99: its steps are 0 to"):
+        index_of(open_run(run), steps=range(90, 100))
     infos = [layer_info(0), layer_info(1, router="expert-choice", top_k=None)]
     write_meta(run, meta(layers=infos))
     with pytest.raises(ReplayError, match=r"layer 1 choose their tokens.*--layers 0 replays"):

@@ -80,7 +80,7 @@ def test_what_was_recorded_is_what_runs(recorded: Path) -> None:
     assert {(s["experts"], s["top_k"]) for s in said["shapes"]} == {(8, 2)}
     assert len(said["attributed"]) == 3
     (answer,) = found.answers()
-    assert answer.startswith("eval: this routing costs ")
+    assert answer.startswith("eval: ")
 
 
 REPLAY_STAGES = ("plan", "permute", "gate_up", "act", "down", "combine")
@@ -153,7 +153,9 @@ def test_time_runs_out(tmp_path: Path) -> None:
 def test_one_layer_of_one_forward_in_any_case(run: Path) -> None:
     found = replay(run, Settings(**{**QUICK, "forwards": 2, "seconds": 1e-6}))
     assert [(r["step"], r["layer"]) for r in found.rows] == [(0, 0)]
-    assert found.about["layers"] == {"chosen": 2, "replayed": 1}
+    missing = {found.rows[0]["phase"]: [1]}
+    assert found.about["layers"]["missing"].items() >= missing.items()
+    assert found.about["layers"].items() >= {"chosen": 2, "replayed": 1}.items()
     assert found.about["forwards"]["replayed"] == 1
 
 

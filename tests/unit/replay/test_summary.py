@@ -74,15 +74,23 @@ def test_noise_of_single_forwards_cancels_and_drift_does_not() -> None:
 def test_no_difference_is_said_below_the_noise() -> None:
     assert not differs(1.02, 0.03)
     assert differs(0.96, 0.03)
-    (same,) = answers([row(0, 104.0, noise_ns=5.0)])
-    assert same.startswith("decode: this routing costs what a balanced one costs (1 forward, 1 lay")
-    (more,) = answers([row(0, 107.0, noise_ns=1.0, same_touched_ns=107.0)])
+    (same,) = answers([row(s, 104.0, noise_ns=9.0) for s in range(3)])
+    assert same.startswith("decode: this routing costs what a balanced one costs (3 forwards, 1 la")
+    (more,) = answers([row(s, 107.0, noise_ns=1.0, same_touched_ns=107.0) for s in range(3)])
     assert "costs 7.0 % more than a balanced one" in more
     assert more.endswith(", and as much as a balanced one over the experts it touches.")
-    (less,) = answers([row(0, 90.0, same_touched_ns=75.0, dropped=5)])
+    (less,) = answers([row(s, 90.0, same_touched_ns=75.0, dropped=5) for s in range(3)])
     assert "costs 10.0 % less than a balanced one" in less
     assert "20.0 % more than a balanced one over the experts it touches" in less
     assert "25.0 % of the choices were dropped, and the balanced twin runs as few" in less
+
+
+def test_one_or_two_forwards_make_no_verdict() -> None:
+    (few,) = answers([row(s, 150.0) for s in range(2)])
+    assert few == (
+        "decode: 1.50× a balanced routing; too few to call it more or less "
+        "(2 forwards, 1 layer; A/A noise 0.7 %)."
+    )
 
 
 def test_nothing_ran() -> None:
