@@ -52,6 +52,12 @@ class Output:
             ) from e
         if path.is_dir():
             raise ReplayError(f"{path} is a folder: the result is a file, name another with --out.")
+        if path.suffix != ".parquet":
+            raise ReplayError(
+                f"{path}: the result is a Parquet file, and its name ends in .parquet."
+            )
+        if path.exists():
+            _check_ours(path)
 
     def so_far(self, rows: list[Row], about: dict[str, Any]) -> None:
         """Keep what was measured so far."""
@@ -61,6 +67,14 @@ class Output:
         """Write the result, and remove what was kept of it before."""
         _write(self.path, rows, about)
         self.unfinished.unlink(missing_ok=True)
+
+
+def _check_ours(path: Path) -> None:
+    """Refuse to write over what no replay wrote."""
+    try:
+        about(path)
+    except ReplayError as e:
+        raise ReplayError(f"{e}. It is not written over: remove it, or name another file.") from e
 
 
 def result_path(run: Path, name: str) -> Path:

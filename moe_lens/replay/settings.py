@@ -63,6 +63,18 @@ class Settings:
     curve: bool = True
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.forwards is not None and self.forwards < 1:
+            raise ReplayError(f"forwards is 1 or more, or None for all; got {self.forwards}.")
+        if self.repeats < 2:
+            raise ReplayError(f"repeats is 2 or more, so that noise shows; got {self.repeats}.")
+        if self.preset is not None and not isinstance(self.preset, Preset):
+            raise ReplayError(
+                f"preset is a Preset, got {self.preset!r}: moe_lens.replay.presets.preset(name)."
+            )
+        if self.layers is not None:
+            object.__setattr__(self, "layers", frozenset(self.layers))
+
 
 def device_of(settings: Settings) -> torch.device:
     """The device that is asked for, or the best there is.

@@ -279,3 +279,31 @@ def test_weights_that_were_not_recorded_are_one_over_k(run: Path, tmp_path: Path
     segment(other, "routing", [{**r, "weights": []} for r in rows])
     write_meta(other, meta(layers=[layer_info(i) for i in range(2)]))
     assert replay(other, Settings(**QUICK)).about["weights"] == "1/k, none were recorded"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("notes.txt", "its name ends in .parquet"), ("theirs.parquet", "It is not written over")],
+)
+def test_files_of_others_are_not_written_over(
+    run: Path, tmp_path: Path, name: str, said: str
+) -> None:
+    theirs = tmp_path / name
+    theirs.write_text("mine")
+    with pytest.raises(ReplayError, match=said):
+        replay(run, Settings(**QUICK), out=theirs)
+    assert theirs.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"forwards": 0}, "forwards is 1 or more"),
+        ({"repeats": 1}, "repeats is 2 or more"),
+        ({"preset": "mixtral-8x7b"}, "preset is a Preset"),
+    ],
+)
+def test_what_is_no_setting(words: dict[str, Any], said: str) -> None:
+    with pytest.raises(ReplayError, match=said):
+        Settings(**words)
+    assert Settings(layers=[1, 1]).layers == frozenset({1})  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_lens.errors import RuntimeInputError
+from moe_lens.errors import RuntimeInputError, RuntimeUnavailable
 from moe_lens.runtime import ops
 
 PATHS = pytest.mark.parametrize("reference", [True, False], ids=["reference", "cpu"])
@@ -165,3 +165,16 @@ def test_shapes_that_do_not_fit_are_refused():
 
 def test_flushing_a_cpu_does_nothing():
     ops.flush_l2(torch.device("cpu"))
+
+
+def test_emptying_the_cache_of_a_gpu_needs_no_kernels(monkeypatch):
+    flushed = []
+
+    def missing():
+        raise RuntimeUnavailable("cuda.core is not installed")
+
+    monkeypatch.setattr(ops, "_kernels", missing)
+    monkeypatch.setattr(ops.plain, "flush_l2", flushed.append)
+    ops.flush_l2(torch.device("cpu"))
+    ops.flush_l2(torch.device("cuda", 0))
+    assert flushed == [torch.device("cuda", 0)]
