@@ -4,10 +4,13 @@
 -- over that of the twin that touches the same experts, over_floor over the floors; noise: by how much two
 -- timings of the same work differ, as a share: a ratio that is nearer to 1 says nothing. touched: experts
 -- that computed something, median; rows_max: most rows of one expert. Written by moe-lens replay.
--- $result text = null: only this result; null: all
+-- $first_step int = null: first step that counts
+-- $last_step int = null: last step that counts
 -- $phase text = null: only this phase
+-- $rank int = null: only this rank
 -- $first_layer int = null: first layer that counts
 -- $last_layer int = null: last layer that counts
+-- $result text = null: only this result; null: all
 select
   run, result, phase, layer,
   count(*) as forwards,
@@ -30,7 +33,10 @@ select
   1e9 * sum(bytes) / sum(time_ns) as bytes_per_s
 from replay
 where ($result is null or result = $result)
+  and ($first_step is null or step >= $first_step)
+  and ($last_step is null or step <= $last_step)
   and ($phase is null or phase = $phase)
+  and ($rank is null or rank = $rank)
   and ($first_layer is null or layer >= $first_layer)
   and ($last_layer is null or layer <= $last_layer)
 group by run, result, phase, layer

@@ -36,10 +36,12 @@ def test_it_is_what_a_plain_summary_says(run: Path) -> None:
     with open_trace(run) as trace:
         got = trace.query("replay_layers").rows()
         one = trace.query("replay_layers", result="a", phase="eval", first_layer=1).rows()
+        early = trace.query("replay_layers", result="a", first_step=1, last_step=2, rank=0).rows()
         assert trace.sql("select count(*) as n from replay").rows() == [{"n": 28}]
     keys = [(name, phase, n) for name in results for phase in ("eval", "train") for n in (0, 3)]
     assert [(r["result"], r["phase"], r["layer"]) for r in got] == keys
     assert [(r["result"], r["phase"], r["layer"]) for r in one] == [("a", "eval", 3)]
+    assert [r["forwards"] for r in early] == [1, 1, 1, 1]  # step 2 evaluates, step 1 trains
     for r in got:
         of = [
             x for x in results[r["result"]] if (x["phase"], x["layer"]) == (r["phase"], r["layer"])
