@@ -83,7 +83,7 @@ format: install  ## let ruff sort imports and format
 	$(BIN)/ruff check --select I --fix .
 	$(BIN)/ruff format .
 
-bench: install  ## run every benchmark; each exits non-zero when it misses its gate
+bench: install chromium  ## run every benchmark; each exits non-zero when it misses its gate
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
 
 models: install  ## prove every architecture of transformers once more, write docs/supported-models.md

@@ -247,13 +247,18 @@ def _summed(keys: list[Ints], counts: Ints) -> tuple[Ints, ...]:
     """Distinct keys, sorted, and the sum of each one's counts."""
     order = np.lexsort(keys[::-1])
     keys = [k[order] for k in keys]
-    changes = np.zeros(len(counts), bool)
-    changes[:1] = True
-    for k in keys:
-        changes[1:] |= k[1:] != k[:-1]
-    first = np.flatnonzero(changes)
+    first = beginnings(keys)
     total = np.add.reduceat(counts[order], first) if len(first) else counts
     return (*(k[first] for k in keys), total)
+
+
+def beginnings(keys: list[Ints]) -> Ints:
+    """Where in sorted rows another key begins, the first row included."""
+    changes = np.zeros(len(keys[0]), bool)
+    changes[:1] = True
+    for key in keys:
+        changes[1:] |= key[1:] != key[:-1]
+    return np.flatnonzero(changes)
 
 
 def _ints(rows: pa.RecordBatch | pa.Table, name: str) -> Ints:

@@ -13,14 +13,7 @@ from pathlib import Path
 import torch
 
 from moe_lens.runtime.ceilings import Ceilings, device_name, measure
-
-
-def cache_dir() -> Path:
-    """Where what moe_lens keeps between runs lies: MOE_LENS_CACHE, or the user's cache folder."""
-    if named := os.environ.get("MOE_LENS_CACHE"):
-        return Path(named)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "moe_lens"
+from moe_lens.runtime.cuda.compiler import cache_folder
 
 
 def ceilings_path(device: torch.device) -> Path:
@@ -28,7 +21,7 @@ def ceilings_path(device: torch.device) -> Path:
     name = device_name(device)
     if device.type == "cpu":
         name += f" {torch.get_num_threads()} threads"
-    return cache_dir() / "ceilings" / f"{slug(name)}.json"
+    return cache_folder() / "ceilings" / f"{slug(name)}.json"
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from moe_lens.errors import ReplayError
 from moe_lens.replay import tables
 from moe_lens.replay.choose import Forward
-from moe_lens.replay.index import Index, padding_of
+from moe_lens.replay.index import Index, beginnings, padding_of
 from moe_lens.trace.meta import LayerInfo
 
 Ids = NDArray[np.int32]
@@ -101,11 +101,7 @@ def _chunk(
     keys = [found[name].to_numpy() for name in ("step", "forward", "layer", "token")]
     order = np.lexsort(keys[::-1])
     found, keys = found.take(pa.array(order)), [key[order] for key in keys[:3]]
-    changes = np.zeros(len(order), bool)
-    changes[:1] = True
-    for key in keys:
-        changes[1:] |= key[1:] != key[:-1]
-    begin = np.flatnonzero(changes)
+    begin = beginnings(keys)
     length = np.diff(begin, append=len(order))
     of = zip(*(key[begin].tolist() for key in keys), strict=True)
     at = dict(zip(of, zip(begin.tolist(), length.tolist(), strict=True), strict=True))

@@ -6,7 +6,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +52,12 @@ class Replayed:
     Attributes:
         rows: Rows of `moe_lens.trace.schema.REPLAY`.
         about: What the file's metadata says: machine, policy, shapes, what was left out.
-        path: The file; None: nothing was measured, or nothing was to be written.
+        path: The file that was written.
     """
 
-    rows: list[Row] = field(default_factory=list)
-    about: dict[str, Any] = field(default_factory=dict)
-    path: Path | None = None
+    rows: list[Row]
+    about: dict[str, Any]
+    path: Path
 
     @property
     def interrupted(self) -> bool:
@@ -85,7 +85,7 @@ def replay(
     Args:
         run: Folder of the trace.
         settings: What to replay, and how.
-        name: Of the result, `RUN/replay/<name>.parquet`; None: from policy, sizes and device.
+        name: Of the result, `RUN/replay/<name>.parquet`; None: as `results.name_of` says.
         out: Another file to write in its place.
         on_progress: Called when a layer of a forward is done.
 

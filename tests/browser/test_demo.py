@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from support.dashboard import click_cell, expert_opened, served, settled
+from support.dashboard import click_cell, expert_opened, served, settled, tile
 from support.demo_counted import EXPERTS, Counted, record_demo
 
 from moe_lens_dashboards.pages import VIEWS
@@ -23,11 +23,6 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> Counted:
 def demo(counted: Counted) -> Iterator[str]:
     with served(counted.path) as url:
         yield url
-
-
-def tile(page: Any, label: str) -> str:
-    metric = page.get_by_test_id("stMetric").filter(has_text=label)
-    return str(metric.get_by_test_id("stMetricValue").inner_text())
 
 
 @pytest.mark.parametrize("view", VIEWS, ids=lambda v: v.name)

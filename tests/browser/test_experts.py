@@ -6,7 +6,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from support.dashboard import MAP, click_cell, expert_opened, settled
+from support.dashboard import MAP, click_cell, expert_opened, settled, tile
 from support.models import EXPERTS, LAYERS
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.xdist_group("browser")]
@@ -18,11 +18,6 @@ def experts(page: Any, address: str) -> Any:
     settled(page)
     page.wait_for_selector(f"{MAP} .main-svg")
     return page
-
-
-def tile(page: Any, label: str) -> str:
-    metric = page.get_by_test_id("stMetric").filter(has_text=label)
-    return str(metric.get_by_test_id("stMetricValue").inner_text())
 
 
 def parameters(page: Any) -> dict[str, list[str]]:

@@ -7,7 +7,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from support.dashboard import settled
+from support.dashboard import settled, tile
 from support.models import EXPERTS, LAYERS
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.xdist_group("browser")]
@@ -16,11 +16,6 @@ pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.xdist_group("br
 def go(page: Any, address: str, place: str = "") -> None:
     page.goto(f"{address}/{place}")
     settled(page)
-
-
-def tile(page: Any, label: str) -> str:
-    metric = page.get_by_test_id("stMetric").filter(has_text=label)
-    return str(metric.get_by_test_id("stMetricValue").inner_text())
 
 
 def wait_tile(page: Any, label: str, value: str) -> None:

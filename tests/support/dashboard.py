@@ -149,6 +149,12 @@ def expert_opened(page: Any, layer: int, expert: int) -> None:
     page.wait_for_function(_FRAMED, arg=[layer, expert])
 
 
+def tile(page: Any, label: str) -> str:
+    """What a tile of the page says."""
+    metric = page.get_by_test_id("stMetric").filter(has_text=label)
+    return str(metric.get_by_test_id("stMetricValue").inner_text())
+
+
 def tracebacks(page: Any) -> list[str]:
     """Texts of the exceptions that the page shows."""
     return [str(text) for text in page.locator('[data-testid="stException"]').all_inner_texts()]

@@ -17,7 +17,7 @@ from moe_lens.demo.model import MoEConfig, MoELanguageModel
 from moe_lens.demo.moe import Experts, TopKRouter
 from moe_lens.demo.train import Recipe, train
 
-EXPERTS = 16
+EXPERTS = MoEConfig().num_experts
 
 
 @dataclass

@@ -60,8 +60,11 @@ export default function ({ data, setTriggerValue }) {
   function draw() {
     const plot = place.querySelector(".js-plotly-plot"), layout = plot?._fullLayout;
     if (end.signal.aborted || !layout?.xaxis?._length) return;
-    if (plot !== known) plot.on("plotly_afterplot", draw);
-    known = plot;
+    if (plot !== known) {
+      known?.removeListener("plotly_afterplot", draw);
+      plot.on("plotly_afterplot", draw);
+      known = plot;
+    }
     const { x, y, w, h, inside } = around(layout, data.chosen);
     const style = `left:${x - w}px; top:${y - h}px; width:${2 * w}px; height:${2 * h}px;`
       + (inside ? "" : "display:none");
@@ -73,7 +76,12 @@ export default function ({ data, setTriggerValue }) {
   seen.observe(place, { childList: true, subtree: true });
   draw();
 
-  const stop = () => { end.abort(); seen.disconnect(); frame.remove(); };
+  const stop = () => {
+    end.abort();
+    seen.disconnect();
+    known?.removeListener("plotly_afterplot", draw);
+    frame.remove();
+  };
   ends.set(place, stop);
   return stop;
 }

@@ -23,7 +23,7 @@ class Asked:
     ignored: tuple[str, ...] = ()
     """Filters that are set and that the question does not know."""
     at_most: int | None = None
-    """Tokens that it looked at, where more were kept; None: at all."""
+    """About so many tokens it looks at, and the run has more; None: at all that fit the filters."""
 
     @property
     def sql(self) -> str:

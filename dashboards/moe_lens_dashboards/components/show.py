@@ -66,7 +66,7 @@ def show(figure: go.Figure, *asked: Asked, key: str | None = None) -> None:
     if ignored:
         st.caption(f"Not narrowed by: {', '.join(plain(n.replace('_', ' ')) for n in ignored)}.")
     for most in {each.at_most for each in asked if each.at_most is not None}:
-        st.caption(f"From about {count(most)} of the tokens, drawn evenly: `most` in its SQL.")
+        st.caption(f"From at most about {count(most)} tokens, drawn evenly: `most` in its SQL.")
     sql(*asked, key=key)
 
 

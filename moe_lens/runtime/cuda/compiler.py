@@ -82,7 +82,7 @@ def cubin(text: str, arch: str) -> bytes:
 
 
 def cache_folder() -> Path:
-    """Where compiled code is kept. It need not exist."""
+    """Where what is worked out once for this machine is kept. It need not exist."""
     if chosen := os.environ.get("MOE_LENS_CACHE"):
         return Path(chosen)
     caches = os.environ.get("XDG_CACHE_HOME")

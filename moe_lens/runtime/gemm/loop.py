@@ -1,4 +1,4 @@
-"""Grouped matrix product as a loop of `F.linear` over the experts that have rows.
+"""Grouped matrix product as a loop of `torch.mm` over the experts that have rows.
 
 The host reads the counts: quick on a CPU; on a CUDA device it waits for the device, so this is no
 backend for a graph there, only one to compare with.

@@ -131,4 +131,4 @@ def test_what_was_thinned_says_so(tmp_path: Path) -> None:
         script = f"{dedent(inspect.getsource(drawn))}\ndrawn({path!r}, {most})"
         app = AppTest.from_string(script).run()
         assert not app.exception
-        assert ("From about 5 of the tokens" in texts(app)) is said
+        assert ("From at most about 5 tokens" in texts(app)) is said

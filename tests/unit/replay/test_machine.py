@@ -70,8 +70,8 @@ def test_a_cache_that_cannot_be_written(
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MOE_LENS_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert machine.cache_dir() == Path("/x/moe_lens")
+    assert machine.cache_folder() == Path("/x/moe_lens")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert machine.cache_dir() == Path.home() / ".cache" / "moe_lens"
+    assert machine.cache_folder() == Path.home() / ".cache" / "moe_lens"
     assert machine.slug("Intel(R) Xeon(R) 2.1 GHz") == "Intel-R-Xeon-R-2.1-GHz"
     assert machine.slug("///") == "device"

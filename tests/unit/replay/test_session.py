@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from support.traces import layer_info, meta, segment, write_run
 
 import moe_lens
 from moe_lens.errors import ReplayError
-from moe_lens.replay import results, session, settings
+from moe_lens.replay import measure, results, session, settings
 from moe_lens.replay.floors import Ceiling, Shape, fused
 from moe_lens.replay.policies import Policy
 from moe_lens.replay.presets import preset
@@ -50,7 +51,6 @@ def run(tmp_path: Path) -> Path:
 
 def test_what_was_recorded_is_what_runs(recorded: Path) -> None:
     found = replay(recorded, Settings(repeats=2, stages=True))
-    assert found.path is not None
     assert found.path.parent == recorded / "replay"
     table = pq.read_table(found.path)
     assert table.schema.equals(REPLAY.schema)
@@ -80,7 +80,7 @@ def test_what_was_recorded_is_what_runs(recorded: Path) -> None:
     assert {(s["experts"], s["top_k"]) for s in said["shapes"]} == {(8, 2)}
     assert len(said["attributed"]) == 3
     (answer,) = found.answers()
-    assert answer.startswith("eval: ")
+    assert re.match(r"eval: [\d.]+× a balanced routing; too few to call it more or less", answer)
 
 
 REPLAY_STAGES = ("plan", "permute", "gate_up", "act", "down", "combine")
@@ -93,7 +93,6 @@ def _dtype(about: dict[str, Any]) -> tuple[str, int]:
 def test_another_size_and_policy(run: Path) -> None:
     rules = Policy("drop", 1.0, "prob")
     found = replay(run, Settings(**{**QUICK, "policy": rules}))
-    assert found.path is not None
     assert found.path.name.startswith("drop-1-prob-16x16-float32-")
     table = pq.read_table(found.path)
     assert pc.sum(table["dropped"]).as_py() > 0
@@ -161,7 +160,6 @@ def test_one_layer_of_one_forward_in_any_case(run: Path) -> None:
 
 def test_ctrl_c_keeps_what_was_measured(run: Path) -> None:
     complete = replay(run, Settings(**QUICK), name="n").path
-    assert complete is not None
     before = complete.read_bytes()
 
     def stop(now: Progress) -> None:
@@ -307,3 +305,33 @@ def test_what_is_no_setting(words: dict[str, Any], said: str) -> None:
     with pytest.raises(ReplayError, match=said):
         Settings(**words)
     assert Settings(layers=[1, 1]).layers == frozenset({1})  # type: ignore[arg-type]
+
+
+def test_a_part_of_the_run_does_not_replace_the_whole(run: Path) -> None:
+    whole = replay(run, Settings(**QUICK)).path
+    parts = [
+        replay(run, Settings(**{**QUICK, **part})).path
+        for part in ({"layers": frozenset({1})}, {"steps": range(1)}, {"backend": "reference"})
+    ]
+    assert len({whole, *parts}) == 4
+    assert whole.exists()
+    assert replay(run, Settings(**QUICK)).path == whole
+
+
+def test_twins_that_are_the_same_work_are_a_sample_of_noise(
+    recorded: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = {"time": 1e-3, "again": 1e-3, "balanced": 1.5e-3, "same_touched": 1e-3}
+
+    def timed(works: dict[str, Any], repeats: int, device: object, **_: object) -> Any:
+        return {name: [taken[name]] * repeats for name in works}
+
+    monkeypatch.setattr(measure, "interleaved", timed)
+    seen = set()
+    for place in (recorded, run):  # every expert is chosen in the one, and not in the other
+        found = replay(place, Settings(**QUICK), out=run.parent / "out.parquet")
+        experts = found.about["shapes"][0]["experts"]
+        for row in found.rows:
+            seen.add(row["touched"] == experts)
+            assert row["noise_ns"] == pytest.approx(5e5 if row["touched"] == experts else 0)
+    assert seen == {True, False}
