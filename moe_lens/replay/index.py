@@ -63,7 +63,7 @@ def index_of(
         ReplayError: No such layer, a layer whose experts choose tokens, or nothing to replay.
         TraceError: A segment cannot be read.
     """
-    infos = _layers(files, layers)
+    infos = layers_of(files, layers)
     parts, forwards, padding = [], 0, 0
     for rank in tables.ranks(files):
         step_rows = _steps(files, rank, phase, steps)
@@ -79,7 +79,14 @@ def index_of(
     return Index(files, infos, sites, forwards, padding)
 
 
-def _layers(files: RunFiles, layers: frozenset[int] | None) -> dict[tuple[int, int], LayerInfo]:
+def layers_of(
+    files: RunFiles, layers: frozenset[int] | None = None
+) -> dict[tuple[int, int], LayerInfo]:
+    """The layers, or these of them, by (rank, layer).
+
+    Raises:
+        ReplayError: No such layer, or one whose experts choose tokens.
+    """
     infos = {
         (rank, info.layer): info
         for rank in tables.ranks(files)

@@ -1,0 +1,1 @@
+"""Which rank holds which experts, and what that costs: docs/placement.md."""

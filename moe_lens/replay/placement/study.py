@@ -1,0 +1,180 @@
+"""One question answered whole: what would other placements of this run's experts have given?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_lens.errors import ReplayError
+from moe_lens.replay.placement.balance import Balance
+from moe_lens.replay.placement.counts import Counts, counts_of
+from moe_lens.replay.placement.fit import Group, fitted, placed, together_of
+from moe_lens.replay.placement.methods import METHODS
+from moe_lens.replay.placement.plan import Placement
+from moe_lens.replay.placement.verdict import LEAST_GAIN, Verdict, fetched, verdict_of
+from moe_lens.replay.placement.what_if import (
+    Traffic,
+    balances,
+    divided,
+    expert_bytes,
+    traffic_of,
+)
+from moe_lens.trace.reader import open_run
+
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked.
+
+    Attributes:
+        group: Ranks, replicas, nodes.
+        method: The way to place that is to be judged and written: one of `METHODS`, or a plan's
+            file.
+        now: Where experts lie now: the same; None: in the order of their numbers, no replicas.
+        layers, phase, steps: Only these of the run.
+        dtype: Of weights and of what is sent: a key of `ITEMSIZE`.
+        compare: Judge every way to place, not only the one.
+        verdict: Say whether it helps.
+        least_gain: A gain below is none.
+    """
+
+    group: Group
+    method: str = "eplb"
+    now: str | None = None
+    layers: frozenset[int] | None = None
+    phase: str | None = None
+    steps: range | None = None
+    dtype: str = "bfloat16"
+    compare: bool = True
+    verdict: bool = False
+    least_gain: float = LEAST_GAIN
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A placement, judged on forwards that it was not fitted to.
+
+    Attributes:
+        placement: Fitted to the earlier forwards.
+        balance: By phase.
+        traffic: None where the run has no rows per token.
+        bytes_per_rank: Weights of all layers' experts on a rank; None where sizes are unknown.
+        moved: Experts that the busiest rank has to fetch, over all layers, from where they lie now.
+        moved_bytes: Their weights; None where sizes are unknown.
+    """
+
+    placement: Placement
+    balance: dict[str, Balance]
+    traffic: Traffic | None
+    bytes_per_rank: int | None
+    moved: int
+    moved_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Study:
+    """The answer.
+
+    Attributes:
+        counts: Everything that was looked at.
+        fitted_to, judged_by: Its parts; the same forwards in phases of few forwards.
+        now: Where experts lie now: judged first of all.
+        candidates: The others; the one asked for is among them.
+        plan: The one asked for, fitted to all forwards: what is written.
+        verdict: If it was asked for.
+    """
+
+    counts: Counts
+    fitted_to: Counts
+    judged_by: Counts
+    now: Candidate
+    candidates: list[Candidate]
+    plan: Placement
+    verdict: Verdict | None
+
+    def of(self, method: str) -> Candidate:
+        """The candidate of a method."""
+        return next(c for c in self.candidates if c.placement.method == method)
+
+
+def study(run: str | Path, question: Question) -> Study:
+    """Read a run and judge placements.
+
+    Raises:
+        TraceError: Not a trace.
+        ReplayError: No counts, or numbers that no placement can have.
+    """
+    files = open_run(run)
+    counts = counts_of(files, layers=question.layers, phase=question.phase, steps=question.steps)
+    earlier, later = divided(counts)
+    now = fitted(files, question.now or "contiguous", _group_now(question, counts), counts)
+    together = together_of(files, earlier) if _wants(question, "affinity") else None
+    judged = [m for m in METHODS if _wants(question, m)]
+    if together is None and question.method != "affinity":
+        judged = [m for m in judged if m != "affinity"]
+    placements = [now, *(placed(m, question.group, earlier, together) for m in judged)]
+    plan = fitted(files, question.method, question.group, counts)
+    if question.method not in METHODS:
+        placements.append(plan)
+    itemsize = ITEMSIZE[question.dtype]
+    traffic = traffic_of(files, later, placements, itemsize=itemsize)
+    made = [
+        _candidate(placement, later, now, None if traffic is None else traffic[i], itemsize)
+        for i, placement in enumerate(placements)
+    ]
+    verdict = _verdict(question, counts, now, together) if question.verdict else None
+    return Study(counts, earlier, later, made[0], made[1:], plan, verdict)
+
+
+def _wants(question: Question, method: str) -> bool:
+    """Whether a way to place is judged: experts in their order are, as they lie now."""
+    return method == question.method or (question.compare and method != "contiguous")
+
+
+def _verdict(
+    question: Question,
+    counts: Counts,
+    now: Placement,
+    together_LEE: NDArray[np.float64] | None,
+) -> Verdict:
+    if question.method not in METHODS:
+        raise ReplayError(
+            "a verdict fits plans to one part of the run and judges them by the next: it takes a "
+            f"way to place ({', '.join(METHODS)}), not a finished plan."
+        )
+    return verdict_of(
+        counts,
+        question.method,
+        question.group,
+        now,
+        together_LEE=together_LEE,
+        least_gain=question.least_gain,
+    )
+
+
+def _group_now(question: Question, counts: Counts) -> Group:
+    """Ranks as asked; no replicas where experts divide without."""
+    group = question.group
+    if question.now is None and counts.experts % group.ranks == 0:
+        return Group(group.ranks, 0, group.nodes)
+    return group
+
+
+def _candidate(
+    placement: Placement, later: Counts, now: Placement, traffic: Traffic | None, itemsize: int
+) -> Candidate:
+    each_L = expert_bytes(later.infos, itemsize)
+    fetched_RL = fetched(now, placement)
+    return Candidate(
+        placement=placement,
+        balance=balances(later, placement),
+        traffic=traffic,
+        bytes_per_rank=None if each_L is None else int(each_L.sum()) * placement.slots_per_rank,
+        moved=int(fetched_RL.sum(1).max()),
+        moved_bytes=None if each_L is None else int((fetched_RL * each_L).sum(1).max()),
+    )
