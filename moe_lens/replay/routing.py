@@ -27,7 +27,8 @@ Floats = NDArray[np.float32]
 CHUNK = 500_000
 """Rows that are read at a time, at most (one forward, where that alone has more)."""
 
-_LISTS = ("expert_ids", "weights", "next_ids", "next_weights", "dropped")
+LISTS = ("expert_ids", "weights", "next_ids", "next_weights", "dropped")
+"""Columns of a token's choices."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,21 @@ class Routed:
 
 
 def read(
-    index: Index, layers: Collection[int], forwards: Sequence[Forward], *, chunk: int = CHUNK
+    index: Index,
+    layers: Collection[int],
+    forwards: Sequence[Forward],
+    *,
+    chunk: int = CHUNK,
+    lists: Sequence[str] = LISTS,
 ) -> Iterator[list[Routed]]:
     """These layers in each of these forwards, in their order; layers that did not run are left out.
 
-    At most `chunk` rows are in memory, or those of one forward.
+    Args:
+        index: Of the run.
+        layers: Which.
+        forwards: Which, those of a rank together.
+        chunk: At most so many rows are in memory, or those of one forward.
+        lists: Of `LISTS`, the columns that are read; the others are as if nothing was recorded.
 
     Raises:
         TraceError: A segment cannot be read.
@@ -76,15 +87,15 @@ def read(
     for forward in forwards:
         rows = sum(f.tokens for f in waiting) + forward.tokens
         if waiting and (rows * len(layers) > chunk or forward.rank != waiting[0].rank):
-            yield from _chunk(index, layers, waiting)
+            yield from _chunk(index, layers, waiting, lists)
             waiting = []
         waiting.append(forward)
     if waiting:
-        yield from _chunk(index, layers, waiting)
+        yield from _chunk(index, layers, waiting, lists)
 
 
 def _chunk(
-    index: Index, layers: Collection[int], forwards: Sequence[Forward]
+    index: Index, layers: Collection[int], forwards: Sequence[Forward], lists: Sequence[str]
 ) -> Iterator[list[Routed]]:
     """Forwards of one rank."""
     rank = forwards[0].rank
@@ -96,7 +107,7 @@ def _chunk(
         & (pc.field("step") <= steps[-1])
         & pc.field("step").isin(steps)
     )
-    names = ("step", "forward", "layer", "token", *_LISTS)
+    names = ("step", "forward", "layer", "token", *lists)
     found = tables.rows(index.files, "routing", rank, names, only)
     keys = [found[name].to_numpy() for name in ("step", "forward", "layer", "token")]
     order = np.lexsort(keys[::-1])
@@ -121,7 +132,7 @@ def _chunk(
 
 def _routed(rows: pa.Table, rank: int, info: LayerInfo, forward: Forward) -> Routed:
     where = f"rank {rank}, layer {info.layer}, step {forward.step}, forward {forward.forward}"
-    columns = {name: _column(rows, name) for name in _LISTS}
+    columns = {name: _column(rows, name) for name in LISTS}
     count_T, ids_TK = _padded(columns["expert_ids"], -1, np.int32, least=1)
     tokens, top_k = ids_TK.shape
     chosen_TK = np.arange(top_k) < count_T[:, None]
@@ -165,6 +176,8 @@ def _runners_up(
 
 
 def _column(rows: pa.Table, name: str) -> pa.ListArray:
+    if name not in rows.column_names:
+        return pa.nulls(rows.num_rows, pa.list_(pa.int32()))
     column = rows.column(name)
     return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
 

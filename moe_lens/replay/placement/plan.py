@@ -130,13 +130,19 @@ def replica_of(slots_P: NDArray[Any], experts: int) -> tuple[NDArray[np.int64], 
     return replica_P, count_E
 
 
-def slots_of(expert_ids_TK: NDArray[Any], slots_P: NDArray[Any], experts: int) -> Slots:
+def slots_of(
+    expert_ids_TK: NDArray[Any],
+    slots_P: NDArray[Any],
+    experts: int,
+    forward_T: NDArray[Any] | None = None,
+) -> Slots:
     """The slot that computes each choice of a forward [T, K]; -1 where the choice is -1.
 
     Args:
         expert_ids_TK: Experts, of all tokens of the forward, in their order.
         slots_P: The expert in each slot.
         experts: E.
+        forward_T: The forward of each token, from 0, where there are several.
     """
     count_E = np.bincount(slots_P, minlength=experts)
     order_P = np.argsort(slots_P, kind="stable").astype(np.int32)  # slots by expert
@@ -147,14 +153,22 @@ def slots_of(expert_ids_TK: NDArray[Any], slots_P: NDArray[Any], experts: int) -
     ids_N = ids_S[chosen]
     at_N = begin_E[ids_N]
     if len(slots_P) > experts:
-        by_expert_N = np.argsort(ids_N, kind="stable")
-        rows_E = np.bincount(ids_N, minlength=experts)
-        first_E = np.concatenate([[0], np.cumsum(rows_E)[:-1]])
-        turn_N = np.empty(len(ids_N), np.int64)
-        turn_N[by_expert_N] = np.arange(len(ids_N)) - first_E[ids_N[by_expert_N]]
-        at_N = at_N + turn_N % count_E[ids_N]
+        key_N = ids_N
+        if forward_T is not None:
+            key_N = forward_T.repeat(expert_ids_TK.shape[1])[chosen] * experts + ids_N
+        at_N = at_N + _turns(key_N) % count_E[ids_N]
     slot_S[chosen] = order_P[at_N]
     return slot_S.reshape(expert_ids_TK.shape)
+
+
+def _turns(key_N: NDArray[Any]) -> NDArray[np.int64]:
+    """How many of the same key came before each."""
+    order_N = np.argsort(key_N, kind="stable")
+    rows = np.bincount(key_N)
+    first = np.concatenate([[0], np.cumsum(rows)[:-1]])
+    turn_N = np.empty(len(key_N), np.int64)
+    turn_N[order_N] = np.arange(len(key_N)) - first[key_N[order_N]]
+    return turn_N
 
 
 def to_json(plan: Placement) -> dict[str, Any]:

@@ -10,8 +10,15 @@ from numpy.typing import NDArray
 
 from moe_lens.errors import ReplayError
 from moe_lens.replay.placement.balance import Balance
-from moe_lens.replay.placement.counts import Counts, counts_of
-from moe_lens.replay.placement.fit import Group, fitted, placed, together_of
+from moe_lens.replay.placement.choices import (
+    TOKENS,
+    Choices,
+    choices_of,
+    rows_of,
+    together_of,
+)
+from moe_lens.replay.placement.counts import MOST, Counts, counts_of
+from moe_lens.replay.placement.fit import Group, fitted, placed
 from moe_lens.replay.placement.methods import METHODS
 from moe_lens.replay.placement.plan import Placement
 from moe_lens.replay.placement.verdict import LEAST_GAIN, Verdict, fetched, verdict_of
@@ -41,6 +48,8 @@ class Question:
         compare: Judge every way to place, not only the one.
         verdict: Say whether it helps.
         least_gain: A gain below is none.
+        forwards: At most so many are looked at, evenly spread.
+        tokens: At most about so many of each layer, where rows per token are read.
     """
 
     group: Group
@@ -53,6 +62,8 @@ class Question:
     compare: bool = True
     verdict: bool = False
     least_gain: float = LEAST_GAIN
+    forwards: int = MOST
+    tokens: int = TOKENS
 
 
 @dataclass(frozen=True)
@@ -110,10 +121,17 @@ def study(run: str | Path, question: Question) -> Study:
         ReplayError: No counts, or numbers that no placement can have.
     """
     files = open_run(run)
-    counts = counts_of(files, layers=question.layers, phase=question.phase, steps=question.steps)
+    counts = counts_of(
+        files,
+        layers=question.layers,
+        phase=question.phase,
+        steps=question.steps,
+        most=question.forwards,
+    )
     earlier, later = divided(counts)
     now = fitted(files, question.now or "contiguous", _group_now(question, counts), counts)
-    together = together_of(files, earlier) if _wants(question, "affinity") else None
+    rows = rows_of(files, counts)
+    together = together_of(choices_of(rows, earlier, question.tokens), earlier)
     judged = [m for m in METHODS if _wants(question, m)]
     if together is None and question.method != "affinity":
         judged = [m for m in judged if m != "affinity"]
@@ -121,12 +139,9 @@ def study(run: str | Path, question: Question) -> Study:
     plan = fitted(files, question.method, question.group, counts)
     if question.method not in METHODS:
         placements.append(plan)
+    choices = choices_of(rows, later, question.tokens)
     itemsize = ITEMSIZE[question.dtype]
-    traffic = traffic_of(files, later, placements, itemsize=itemsize)
-    made = [
-        _candidate(placement, later, now, None if traffic is None else traffic[i], itemsize)
-        for i, placement in enumerate(placements)
-    ]
+    made = [_candidate(placement, later, now, choices, itemsize) for placement in placements]
     verdict = _verdict(question, counts, now, together) if question.verdict else None
     return Study(counts, earlier, later, made[0], made[1:], plan, verdict)
 
@@ -166,8 +181,15 @@ def _group_now(question: Question, counts: Counts) -> Group:
 
 
 def _candidate(
-    placement: Placement, later: Counts, now: Placement, traffic: Traffic | None, itemsize: int
+    placement: Placement,
+    later: Counts,
+    now: Placement,
+    choices: dict[int, Choices] | None,
+    itemsize: int,
 ) -> Candidate:
+    traffic = None
+    if choices is not None:
+        traffic = traffic_of(choices, later.infos, placement, itemsize=itemsize)
     each_L = expert_bytes(later.infos, itemsize)
     fetched_RL = fetched(now, placement)
     return Candidate(

@@ -11,9 +11,10 @@ import pytest
 import moe_lens
 from moe_lens.errors import ReplayError
 from moe_lens.replay.placement.balance import rank_rows
+from moe_lens.replay.placement.choices import choices_of, rows_of, together_of
 from moe_lens.replay.placement.counts import counts_of
-from moe_lens.replay.placement.fit import Group, fitted, placed, together_of
-from moe_lens.replay.placement.traffic import sent
+from moe_lens.replay.placement.fit import Group, fitted, placed
+from moe_lens.replay.placement.traffic import leaving
 from moe_lens.replay.placement.what_if import divided, traffic_of
 from moe_lens.trace import synthetic
 from moe_lens.trace.reader import open_run
@@ -111,7 +112,7 @@ def test_what_is_chosen_together_against_pairs_of_every_token(tmp_path: Path) ->
     run, _ = run_of(tmp_path, SMALL)
     files = open_run(run)
     counts = counts_of(files)
-    made_LEE = together_of(files, counts)
+    made_LEE = together_of(choices_of(rows_of(files, counts), counts), counts)
     assert made_LEE is not None
     pairs = asked(
         run,
@@ -132,8 +133,9 @@ def test_what_tokens_send_counts_the_recorded_rank_as_their_own(tmp_path: Path, 
     files = open_run(run)
     counts = counts_of(files)
     plan = placed("contiguous", Group(2), counts)
-    made = traffic_of(files, counts, [plan])
-    assert made is not None
+    choices = choices_of(rows_of(files, counts), counts)
+    assert choices is not None
+    made = traffic_of(choices, counts.infos, plan)
     # In the run of one rank the first half of a forward's 32 tokens starts on rank 0.
     found = asked(
         run,
@@ -150,10 +152,10 @@ def test_what_tokens_send_counts_the_recorded_rank_as_their_own(tmp_path: Path, 
     for a, b, n, choices in found:
         once_RR[a, b] = n
         each += choices if a != b else 0
-    assert made[0].rows_RR.tolist() == once_RR.tolist()
-    assert (made[0].to_ranks.rows, made[0].to_ranks_by_choice.rows) == (sent(once_RR), each)
-    assert made[0].to_ranks.bytes == 256 * 2 * made[0].to_ranks.rows
-    assert made[0].token_layers == 3 * 32 * 2 * ranks
+    assert made.rows_RR.tolist() == once_RR.tolist()
+    assert (made.to_ranks.rows, made.to_ranks_by_choice.rows) == (leaving(once_RR), each)
+    assert made.to_ranks.bytes == 256 * 2 * made.to_ranks.rows
+    assert made.token_layers == 3 * 32 * 2 * ranks
 
 
 def test_halves_are_of_each_phase_and_later_ones_judge(tmp_path: Path) -> None:

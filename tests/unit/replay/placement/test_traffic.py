@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from moe_lens.replay.placement.methods import place
 from moe_lens.replay.placement.plan import slots_of
-from moe_lens.replay.placement.traffic import matrix, sent, sources
+from moe_lens.replay.placement.traffic import leaving, sent, sources
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 20), st.integers(1, 4))
@@ -31,11 +31,11 @@ def test_against_plain_loops(seed: int, tokens: int, top_k: int) -> None:
                 each[home, to] += 1
             for to in set(there):
                 once[home, to] += 1
-        made = matrix(slot_TK, source_T, plan, dedup=True, nodes=nodes)
-        assert made.tolist() == once.tolist()
-        assert sent(made) == sum(once[a, b] for a in range(many) for b in range(many) if a != b)
-        made = matrix(slot_TK, source_T, plan, dedup=False, nodes=nodes)
-        assert made.tolist() == each.tolist()
+        made = sent(slot_TK, source_T, plan)
+        found = (made.nodes_NN, made.choices_NN) if nodes else (made.ranks_RR, made.choices_RR)
+        assert [of.tolist() for of in found] == [once.tolist(), each.tolist()]
+        away = sum(once[a, b] for a in range(many) for b in range(many) if a != b)
+        assert leaving(found[0]) == away
 
 
 @pytest.mark.parametrize(
@@ -52,8 +52,7 @@ def test_ranks_of_a_token_under_uniform_routing(
     tokens = 4096
     ids_TK = random.random((tokens, experts)).argsort(1)[:, :top_k].astype(np.int32)
     plan = place("contiguous", np.ones((1, experts)), (0,), ranks=ranks)
-    made = matrix(
-        slots_of(ids_TK, plan.slots_LP[0], experts), sources(tokens, ranks), plan, dedup=True
-    )
+    slot_TK = slots_of(ids_TK, plan.slots_LP[0], experts)
+    made = sent(slot_TK, sources(tokens, ranks), plan).ranks_RR
     assert made.sum() / tokens == pytest.approx(ranks * (1 - here), rel=0.01)
-    assert sent(made) / made.sum() == pytest.approx(1 - 1 / ranks, rel=0.02)
+    assert leaving(made) / made.sum() == pytest.approx(1 - 1 / ranks, rel=0.02)
