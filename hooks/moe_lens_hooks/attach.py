@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from moe_lens_hooks.adapter import Around, MoELayer, Read
 from moe_lens_hooks.capture import Capture
 from moe_lens_hooks.compiled import BlockPoint, RootPoint
+from moe_lens_hooks.exchange import experts_of
 from moe_lens_hooks.last import make_last
 
 
@@ -139,6 +140,16 @@ def _attach_block(capture: Capture, layer: MoELayer) -> None:
             if tap.module is not block:
                 inner.append(handle)
     keep(block.register_forward_hook(after, with_kwargs=True))
+    for experts in experts_of(block) if capture.exchanges else ():
+
+        def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
+            capture.experts_run(layer)
+
+        keep(experts.register_forward_pre_hook(_hook(experts, begin, _nothing)))
+
+
+def _nothing(*_: Any) -> None:
+    """Compiled code exchanges out of sight."""
 
 
 def _tap(

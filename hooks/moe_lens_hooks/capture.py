@@ -18,6 +18,7 @@ from torch import nn
 from moe_lens.errors import CaptureBreach, NoMoELayers, UnsupportedRouter
 from moe_lens_hooks.adapter import MoELayer, Observed, Read
 from moe_lens_hooks.copies import keep_out_of_copies, let_go
+from moe_lens_hooks.exchange import Exchange, exchanges, listen, silence
 from moe_lens_hooks.finding import DATA_PARALLEL
 from moe_lens_hooks.forward import Block, OpenForward, recomputing
 from moe_lens_hooks.graphs import (
@@ -47,6 +48,7 @@ class _Running:
     seen: Observed
     shape: tuple[int, int] | None
     """First two sizes of its input `[B, S, D]`; None for `[T, D]`."""
+    exchange: Exchange | None
 
 
 class Capture:
@@ -105,6 +107,10 @@ class Capture:
         self._told: list[str] = []
         _recorded.update(x.block for x in layers)
         watch_graphs(torch.cuda.CUDAGraph)
+        self.exchanges = exchanges()
+        """All-to-alls inside blocks are timed."""
+        if self.exchanges:
+            listen(self._exchanging)
         self._attached = True
 
     def enter_context(self, context: AbstractContextManager[Any]) -> None:
@@ -139,6 +145,7 @@ class Capture:
             return
         self._attached = False
         unwatch_graphs(torch.cuda.CUDAGraph)
+        silence(self._exchanging)
         for handle in self._handles:
             handle.remove()
         let_go(self._handles)
@@ -266,6 +273,21 @@ class Capture:
             return None
         return self._stack[-1].seen
 
+    def _exchanging(self) -> Exchange | None:
+        """Where an all-to-all that this thread calls now belongs; None: to no block's forward."""
+        forward = self.current
+        if not self._stack or forward is None or forward.thread != threading.get_ident():
+            return None
+        if recomputing() or isinstance(forward, CapturedForward):  # a graph has no clock
+            return None
+        return self._stack[-1].exchange
+
+    def experts_run(self, layer: MoELayer) -> None:
+        """Experts of a block are about to run: what it exchanges from here on is combine."""
+        exchange = self._exchanging()
+        if exchange is not None and self._stack[-1].layer is layer:
+            exchange.experts()
+
     def _elsewhere(self) -> bool:
         """Another thread is in the middle of a forward: what this one sees is not of it."""
         forward = self.current
@@ -354,7 +376,7 @@ class Capture:
             bias = selection_bias(layer.router, layer.info.experts)
             if bias is not None:
                 seen.hold_bias(bias)
-        self._stack.append(_Running(layer, seen, shape))
+        self._stack.append(_Running(layer, seen, shape, Exchange() if self.exchanges else None))
 
     def leave_block(self, layer: MoELayer) -> None:
         """It has returned: what was seen of it is handed on."""
@@ -380,7 +402,8 @@ class Capture:
             )
             return
         info = layer.info if times == 0 else replace(layer.info, path=f"{layer.info.path} #{times}")
-        self.add(Block((layer.block, times), info, layer.router, shape, seen))
+        took = None if running.exchange is None else running.exchange.times()
+        self.add(Block((layer.block, times), info, layer.router, shape, seen, took))
 
     def add(self, block: Block) -> None:
         """A layer of the forward that is running was seen."""

@@ -18,6 +18,7 @@ from moe_lens.trace.meta import LayerInfo
 from moe_lens.trace.windows import spread
 from moe_lens_hooks.adapter import Observed
 from moe_lens_hooks.batch import Batch, Landed
+from moe_lens_hooks.exchange import Times
 from moe_lens_hooks.following import Going
 from moe_lens_hooks.lineage import Line, Rows
 from moe_lens_hooks.reduce import Reduced, distinct_router_ids
@@ -75,6 +76,8 @@ class Block:
     shape: tuple[int, int] | None
     """(B, S) of the block's input `[B, S, D]`; None for `[T, D]`."""
     seen: Observed
+    times: Times | None = None
+    """Of its all-to-alls; None: none was seen."""
 
 
 @dataclass
@@ -84,6 +87,7 @@ class Pending:
     info: LayerInfo
     observed: Observed
     meaning: Semantics | None
+    times: Times | None
 
     @property
     def kind(self) -> tuple[Any, ...]:
@@ -108,8 +112,8 @@ class Seen:
 
     stream: str
     tokens: int
-    layers: list[tuple[LayerInfo, int | None, int]]
-    """Each with its capacity and capacity groups."""
+    layers: list[tuple[LayerInfo, int | None, int, Times | None]]
+    """Each with its capacity, capacity groups and the times of its all-to-alls."""
     reduced: Reduced
 
 
@@ -303,7 +307,8 @@ def _layer_counts(
     routed = counts.pop("all_tokens", np.full(len(x.layers), x.tokens))
     chosen = counts.pop("choices", None)
     own_tokens = counts.pop("tokens_G", None)
-    for i, (info, capacity, groups) in enumerate(x.layers):
+    for i, (info, capacity, groups, times) in enumerate(x.layers):
+        dispatch_ns, combine_ns = (None, None) if times is None else times.read()
         token_rows = None
         if rows:
             assert rows_N is not None
@@ -317,6 +322,8 @@ def _layer_counts(
             tokens_G=layer_G,
             capacity=capacity,
             capacity_groups=groups,
+            dispatch_ns=dispatch_ns,
+            combine_ns=combine_ns,
             top_k=info.top_k,
             choices=None if chosen is None else int(chosen[i]),
             faithful=info.faithful,

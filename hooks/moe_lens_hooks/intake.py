@@ -168,7 +168,7 @@ class Intake:
             )
             return None
         forward.seen += 1
-        return Pending(self.infos[key], seen, meaning)
+        return Pending(self.infos[key], seen, meaning, block.times)
 
     def over(self, forward: OpenForward) -> None:
         """A forward has returned."""
@@ -214,7 +214,9 @@ class Intake:
                 forward.seen -= len(group)
                 forward.problem(_unreadable(info, e), len(group))
                 continue
-            layers = [(p.info, p.observed.capacity, p.observed.capacity_groups) for p in group]
+            layers = [
+                (p.info, p.observed.capacity, p.observed.capacity_groups, p.times) for p in group
+            ]
             forward.layers.append(Seen(info.stream, len(first.expert_ids_TK), layers, reduced))
 
     def _note(self, key: Key, info: LayerInfo, meaning: Semantics | None) -> None:

@@ -1,7 +1,8 @@
 -- Time in the all-to-alls of expert parallelism, per layer over time.
 -- dispatch_ms sends tokens to their experts' ranks, combine_ms brings the results back: means per
 -- forward of those in which they were seen; null: never, and without either there is no row. forwards
--- counts those of the windows in which one was seen.
+-- counts those of the windows in which one was seen. A rank's time includes its waiting for the
+-- slowest rank, and without $rank the means are over all ranks: the least of the ranks is the transfer.
 -- $first_step int = null: first step that counts
 -- $last_step int = null: last step that counts
 -- $phase text = null: only this phase

@@ -77,6 +77,9 @@ class LayerCounts:
     """Choices one expert takes in one capacity group; None: dropless."""
     capacity_groups: int = 1
     """Capacity groups in this forward (sequences, where each has its own)."""
+    dispatch_ns: int | None = None
+    """In its dispatch all-to-alls; None: not seen."""
+    combine_ns: int | None = None
     top_k: int | None = None
     """Choices per token that must add up; None: dynamic."""
     choices: int | None = None

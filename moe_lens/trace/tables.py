@@ -89,8 +89,8 @@ class _Laid:
             max_load=[s.max_load for s in self.noted],
             max_load_expert=[s.max_load_expert for s in self.noted],
             touched=[s.touched for s in self.noted],
-            dispatch_ns=None,
-            combine_ns=None,
+            dispatch_ns=[x.dispatch_ns for x in self.counts],
+            combine_ns=[x.combine_ns for x in self.counts],
         )
 
     def routers(self) -> pa.Table:

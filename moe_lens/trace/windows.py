@@ -165,6 +165,8 @@ def _merge(into: LayerCounts, x: LayerCounts, at_G: NDArray[np.int64], n: int) -
     spread(into, np.arange(len(into.tokens_G)), n)
     into.tokens += x.tokens
     into.padding_tokens += x.padding_tokens
+    into.dispatch_ns = _known(into.dispatch_ns, x.dispatch_ns)
+    into.combine_ns = _known(into.combine_ns, x.combine_ns)
     for name in _SUMMED:
         old, new = getattr(into, name), getattr(x, name)
         if (old is None or new is None) and name.rpartition("_")[0] in NULL_WHEN_UNSEEN:
@@ -176,3 +178,8 @@ def _merge(into: LayerCounts, x: LayerCounts, at_G: NDArray[np.int64], n: int) -
             old = np.zeros((n, *new.shape[1:]), new.dtype)
             setattr(into, name, old)
         old[at_G] += new
+
+
+def _known(one: int | None, other: int | None) -> int | None:
+    """A sum that is not known where one forward did not see it."""
+    return None if one is None or other is None else one + other

@@ -19,11 +19,11 @@ from torch import nn
 D, E = 16, 8
 
 
-def join(store: str) -> None:
-    """Start torch.distributed and DeepSpeed's own groups, this process alone."""
+def join(store: str, rank: int = 0, world: int = 1) -> None:
+    """Start torch.distributed and DeepSpeed's own groups; this process alone, or one of several."""
     # not `import deepspeed.comm.torch as …`, which is the module torch
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
-    torch.distributed.init_process_group("gloo", f"file://{store}", rank=0, world_size=1)
+    torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world)
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
 
 

@@ -8,7 +8,8 @@ router runs, its method `routing` and the function `apply_router_token_dropping`
 wrapped; both are put back when it returns or raises. Another thread's call goes through unseen.
 
 Tokens come as `[S, B, D]`: record with `layout="sb"`; another layout is refused. `received` counts
-the rows that the experts of this rank were given, from all ranks and with padding slots.
+the rows that the experts of this rank were given, from all ranks and with padding slots. It is null
+under tensor parallelism of the model or of its experts: each row is given to several ranks.
 
 Legend: S positions, B sequences, T = S B tokens, K choices per token, E experts, D hidden.
 """
@@ -119,7 +120,9 @@ class Megatron:
             call.rows_E = map_TE.sum(0)
 
         first, local = int(block.local_expert_indices[0]), int(block.num_local_experts)
-        alone = local == count and block.token_dispatcher.tp_size == 1
+        whole = block.token_dispatcher.tp_size == 1  # each expert is on one rank
+        alone = local == count and whole
+        given_once = whole and config.tensor_model_parallel_size == 1
         padded = config.moe_router_padding_for_quantization
 
         def read_experts(
@@ -128,7 +131,8 @@ class Megatron:
             assert call.rows_E is not None  # the router ran just before
             given_E = torch.zeros_like(call.rows_E)
             given_E[first : first + local] = (*args, *kwargs.values())[1].to(given_E)
-            seen.received_E = given_E
+            if given_once:
+                seen.received_E = given_E
             if alone and not padded:
                 wrong = (given_E - call.rows_E).abs().sum()
                 seen.problems["rows given to experts, not those that were routed"] = wrong

@@ -393,3 +393,18 @@ def test_a_forward_that_stood_alone_shares_no_window_after_a_flush_and_its_losse
     writer.put(small(phase="eval", forward=1))
     writer.close()
     assert [r["window"] for r in read_rows(tmp_path, "steps")] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "want"), [(3, 4, 7), (0, 4, 4), (3, None, None), (None, 4, None)]
+)
+def test_times_of_all_to_alls_are_known_where_every_forward_saw_them(
+    one: int | None, other: int | None, want: int | None
+) -> None:
+    forwards = [forward(layer(dispatch_ns=x, combine_ns=9)) for x in (one, other)]
+    window = Window(0, 0, forwards[0])
+    for x in forwards:
+        window.add(x)
+    layers = window_tables([window])["layers"]
+    assert layers["dispatch_ns"].to_pylist() == [want]
+    assert layers["combine_ns"].to_pylist() == [18]
