@@ -11,11 +11,13 @@ from typing import Annotated
 
 import typer
 
+from moe_lens.commands.cache import cache
 from moe_lens.commands.dashboard import dashboard
 from moe_lens.commands.demo import demo
 from moe_lens.commands.diff import diff
 from moe_lens.commands.info import info
 from moe_lens.commands.machine import machine
+from moe_lens.commands.place import place
 from moe_lens.commands.query import query
 from moe_lens.commands.record import record
 from moe_lens.commands.recover import recover
@@ -30,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, info, report, dashboard, diff, query, replay, machine, recover):
+for command in (demo, info, report, dashboard, diff, query, cache, place, replay, machine, recover):
     app.command()(command)
 # What stands after SCRIPT is the script's.
 app.command(context_settings={"allow_interspersed_args": False})(record)
@@ -61,7 +63,9 @@ def root(
     moe-lens report traces/run1               where its tokens went
     moe-lens dashboard traces/run1            look at it in a browser
     moe-lens query traces/run1 "from load"    ask anything in SQL
+    moe-lens cache traces/run1                what a cache of experts would find
     moe-lens replay traces/run1               what its routing costs on this machine
+    moe-lens place traces/run1 --ranks 8      which rank should hold which experts
     """  # noqa: D301  (\b keeps the lines as they are)
 
 

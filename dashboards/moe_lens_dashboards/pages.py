@@ -47,6 +47,8 @@ VIEWS = (
     View("router", "Router", ":material/alt_route:"),
     View("requests", "Requests", ":material/receipt_long:"),
     View("paths", "Paths", ":material/route:"),
+    View("memory", "Memory", ":material/memory:"),
+    View("placement", "Placement", ":material/grid_view:"),
     View("compare", "Compare", ":material/compare_arrows:"),
     View("live", "Live", ":material/sensors:"),
     View("sql", "SQL", ":material/terminal:"),

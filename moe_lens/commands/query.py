@@ -77,6 +77,9 @@ def query(
         damaged = (
             [path for each in trace.info().runs for path in each.damaged] if skip_damaged else []
         )
+        replays = text != "replay_layers" or trace.sql("select 1 from replay limit 1").rows()
+    if not replays:
+        typer.echo(f"{run} holds no result of a replay: moe-lens replay {run} makes one.", err=True)
     for path in damaged:
         typer.echo(f"left out, damaged: {path}", err=True)
     if chosen is Format.parquet:

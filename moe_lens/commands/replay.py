@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -13,13 +12,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moe_lens.commands.arguments import Phase, Run
+from moe_lens.commands.arguments import Layers, Phase, Run, Steps, numbers, range_of
+from moe_lens.commands.replay_ep import TIMEOUT_S, Options, replay_ep
 from moe_lens.errors import CommandError
 from moe_lens.numbers import finite
 
 if TYPE_CHECKING:
-    from moe_lens.replay.policies import Policy
     from moe_lens.replay.session import Progress, Replayed
+    from moe_lens.replay.settings import Settings
 
 FORWARDS, SECONDS = 24, 20.0
 
@@ -76,13 +76,9 @@ def replay(
     dtype: Annotated[
         Dtype | None, typer.Option(help="Default: bfloat16 where the device is quick with it.")
     ] = None,
-    layers: Annotated[
-        str | None, typer.Option(help="Only these, as 0-3,7.", metavar="LAYERS")
-    ] = None,
+    layers: Layers = None,
     phase: Phase = None,
-    steps: Annotated[
-        str | None, typer.Option(help="Only these, as 100-199.", metavar="STEPS")
-    ] = None,
+    steps: Steps = None,
     forwards: Annotated[
         str | None,
         typer.Option(help=f"Forwards of each phase, or all; default {FORWARDS}.", metavar="N|all"),
@@ -113,6 +109,49 @@ def replay(
         str, typer.Option(help="Of the layer: auto, reference, cpu, cuda+triton, ….")
     ] = "auto",
     seed: Annotated[int, typer.Option(help="Of the random weights and inputs.")] = 0,
+    ep: Annotated[
+        int | None, typer.Option("--ep", help="Spread experts over so many ranks.", min=1)
+    ] = None,
+    placement: Annotated[
+        str | None,
+        typer.Option(
+            help="Of --ep: contiguous (default), lpt, eplb, affinity, or a plan's file.",
+            metavar="METHOD|FILE",
+        ),
+    ] = None,
+    replicas: Annotated[
+        int | None, typer.Option(help="Of --ep: slots of a layer beyond its experts.", min=0)
+    ] = None,
+    nodes: Annotated[
+        int | None, typer.Option(help="Of --ep: machines on which the ranks lie.", min=1)
+    ] = None,
+    dispatch_dtype: Annotated[
+        str | None,
+        typer.Option(help="Of --ep: as which rows are sent: fp8, bfloat16, …; default: as is."),
+    ] = None,
+    dedup: Annotated[
+        bool, typer.Option(help="Of --ep: send a token once to a rank, or once for each choice.")
+    ] = True,
+    all_to_all: Annotated[
+        str | None,
+        typer.Option(
+            help="Of --ep: h800, b200, h800-low-latency, or the file of moe-lens machine "
+            "--all-to-all.",
+            metavar="NAME|FILE",
+        ),
+    ] = None,
+    nproc: Annotated[
+        int | None,
+        typer.Option(help="Of --ep: start a process for each rank, which exchange rows.", min=1),
+    ] = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            help=f"Of --nproc: give up when a rank is silent for so many seconds; default "
+            f"{TIMEOUT_S:g}.",
+            min=1,
+        ),
+    ] = None,
     name: Annotated[
         str | None, typer.Option(help="Of the result, RUN/replay/NAME.parquet.")
     ] = None,
@@ -131,47 +170,61 @@ def replay(
       moe-lens replay traces/run1 --preset mixtral-8x7b --phase decode
       moe-lens replay traces/run1 --policy drop --capacity-factor 1
       moe-lens replay traces/run1 --top-k 1 --forwards all
+      moe-lens replay traces/run1 --ep 8 --placement eplb --replicas 16
+      moe-lens replay traces/run1 --ep 2 --nproc 2
     """  # noqa: D301  (\b keeps the lines as they are)
-    chosen_layers = None if layers is None else frozenset(_numbers(layers, "--layers"))
-    chosen_steps = None if steps is None else _range(steps)
+    chosen_layers = None if layers is None else frozenset(numbers(layers, "--layers"))
+    chosen_steps = None if steps is None else range_of(steps)
     most, limit = _how_many(forwards, seconds)
+    group = Options(
+        ep=ep,
+        placement=placement,
+        replicas=replicas,
+        nodes=nodes,
+        dispatch_dtype=dispatch_dtype,
+        dedup=dedup,
+        all_to_all=all_to_all,
+        nproc=nproc,
+        timeout=timeout,
+    )
     _check_policy(policy, capacity_factor, priority)
 
-    from moe_lens.replay.presets import preset as preset_of
+    group.check(stages=stages)
 
-    sizes = None if preset is None else preset_of(preset)
+    def settings() -> Settings:
+        from moe_lens.replay.policies import Policy
+        from moe_lens.replay.presets import preset as preset_of
+        from moe_lens.replay.settings import Settings
 
-    from moe_lens.replay.policies import Policy as Rules
-    from moe_lens.replay.session import replay as run_replay
-    from moe_lens.replay.settings import Settings
+        return Settings(
+            policy=Policy(
+                policy.value, capacity_factor, (priority or Priority.position).value, top_k
+            ),
+            hidden=hidden,
+            intermediate=intermediate,
+            preset=None if preset is None else preset_of(preset),
+            dtype=None if dtype is None else dtype.value,
+            device=device,
+            backend=backend,
+            forwards=most,
+            partial=partial,
+            layers=chosen_layers,
+            phase=phase,
+            steps=chosen_steps,
+            repeats=repeats,
+            seconds=limit,
+            stages=stages,
+            curve=curve,
+            seed=seed,
+        )
 
-    rules: Policy = Rules(
-        policy.value,
-        capacity_factor,
-        (priority or Priority.position).value,
-        top_k,
-    )
-    settings = Settings(
-        policy=rules,
-        hidden=hidden,
-        intermediate=intermediate,
-        preset=sizes,
-        dtype=None if dtype is None else dtype.value,
-        device=device,
-        backend=backend,
-        forwards=most,
-        partial=partial,
-        layers=chosen_layers,
-        phase=phase,
-        steps=chosen_steps,
-        repeats=repeats,
-        seconds=limit,
-        stages=stages,
-        curve=curve,
-        seed=seed,
-    )
-    with _progress_bar() as on_progress:
-        found = run_replay(run, settings, name=name, out=out, on_progress=on_progress)
+    if group.ep is not None:
+        replay_ep(run, group, settings, _progress_bar, name=name, out=out, as_json=as_json)
+        return
+    with _progress_bar() as on_progress:  # first: importing torch takes seconds
+        from moe_lens.replay.session import replay as run_replay
+
+        found = run_replay(run, settings(), name=name, out=out, on_progress=on_progress)
     _print(found, as_json)
     if found.interrupted:
         typer.echo(f"interrupted: what was measured so far is in {found.path}", err=True)
@@ -223,24 +276,6 @@ def _how_many(forwards: str | None, seconds: float | None) -> tuple[int | None, 
     return int(forwards), limit
 
 
-def _numbers(text: str, option: str) -> list[int]:
-    """`0-3,7` as numbers."""
-    found: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
-        if match is None or int(match[2] or match[1]) < int(match[1]):
-            raise CommandError(f"{option} takes numbers as 0-3,7; got {text!r}.")
-        found += range(int(match[1]), int(match[2] or match[1]) + 1)
-    return found
-
-
-def _range(text: str) -> range:
-    match = re.fullmatch(r"(\d+)(?:-(\d+))?", text.strip())
-    if match is None or int(match[2] or match[1]) < int(match[1]):
-        raise CommandError(f"--steps takes one step or a range, as 100-199; got {text!r}.")
-    return range(int(match[1]), int(match[2] or match[1]) + 1)
-
-
 @contextmanager
 def _progress_bar() -> Iterator[Callable[[Progress], None]]:
     """A bar on a terminal, nothing elsewhere; yields what feeds it."""
@@ -259,7 +294,7 @@ def _progress_bar() -> Iterator[Callable[[Progress], None]]:
         transient=True,
         disable=not console.is_terminal,
     ) as bar:
-        task = bar.add_task("reading the trace", total=None)
+        task = bar.add_task("loading torch, reading the trace", total=None)
 
         def on_progress(now: Progress) -> None:
             bar.update(task, completed=now.done, total=now.of or None, description=now.now)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe_lens.trace.schema import LOAD_COARSE, REPLAY, TABLES
+from moe_lens.trace.schema import LOAD_COARSE, REPLAY, REPLAY_EP, TABLES
 
 _MORE = {
     "run": "name of the run",
     "rank": "rank that recorded the row",
-    "result": "name of the result: `replay/<result>.parquet`",
+    "result": "name of the result: the file `<result>.parquet` in the run's folder of this table",
 }
 
 _META = {
@@ -44,7 +44,7 @@ def describe(name: str, columns: dict[str, str]) -> View:
         name: Of the view.
         columns: Name of each column to its type.
     """
-    table = (TABLES | {t.name: t for t in (LOAD_COARSE, REPLAY)}).get(name)
+    table = (TABLES | {t.name: t for t in (LOAD_COARSE, REPLAY, REPLAY_EP)}).get(name)
     known = {} if table is None else {c.name: c.doc for c in table.columns}
     row = _META.get(name, "") if table is None else table.row
     declared = "declared by the user" if name == "sequences" else ""

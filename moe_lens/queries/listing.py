@@ -32,8 +32,9 @@ SUBJECTS = {
         "expert_over_time", "expert_tags", "expert_serves", "expert_companions",
     ),
     "Paths": ("co_activation", "repetition", "layer_transitions"),
+    "Memory": ("token_experts",),
     "Quality": ("loss_by_tag", "quality_by_tag", "quality_of_dropped"),
-    "Cost on real kernels": ("replay_layers",),
+    "Cost on real kernels": ("replay_layers", "replay_ranks"),
     "Requests": ("requests", "request_load", "request_tokens"),
     "Two runs of the same tokens": ("diff_tokens", "diff_layers", "diff_flips"),
 }  # fmt: skip

@@ -1,5 +1,6 @@
 -- What the routing of a layer costs on real kernels: replayed, beside its balanced twin and the floor.
--- A row is (result, phase, layer); percentiles are over the replayed forwards of the trace. over_balanced
+-- A row is (result, phase, layer); percentiles are over the replayed forwards of the trace: a p90 takes 10
+-- of them and a p99 takes 100, and is null below, where it would be the slowest (max_ms). over_balanced
 -- is the sum of times over that of the balanced twin (as many rows, over all experts), over_same_touched
 -- over that of the twin that touches the same experts, over_floor over the floors; noise: by how much two
 -- timings of the same work differ, as a share: a ratio that is nearer to 1 says nothing. touched: experts
@@ -16,8 +17,9 @@ select
   count(*) as forwards,
   cast(sum(tokens) as bigint) as tokens,
   quantile_cont(time_ns, 0.5) / 1e6 as p50_ms,
-  quantile_cont(time_ns, 0.9) / 1e6 as p90_ms,
-  quantile_cont(time_ns, 0.99) / 1e6 as p99_ms,
+  case when count(*) >= 10 then quantile_cont(time_ns, 0.9) / 1e6 end as p90_ms,
+  case when count(*) >= 100 then quantile_cont(time_ns, 0.99) / 1e6 end as p99_ms,
+  max(time_ns) / 1e6 as max_ms,
   quantile_cont(floor_ns, 0.5) / 1e6 as floor_ms,
   quantile_cont(balanced_ns, 0.5) / 1e6 as balanced_ms,
   quantile_cont(same_touched_ns, 0.5) / 1e6 as same_touched_ms,

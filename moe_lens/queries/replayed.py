@@ -14,15 +14,15 @@ import pyarrow.parquet as pq
 from moe_lens.errors import TraceError
 from moe_lens.queries.result import Result
 from moe_lens.trace.reader import RunFiles
-from moe_lens.trace.schema import REPLAY
+from moe_lens.trace.schema import REPLAY, Table
 
 _KEY = b"moe_lens"
 """In a file's metadata: JSON of the machine, the policy, the sizes."""
 
 
-def results(run: str | Path) -> list[str]:
-    """Names of the results that a run has, in order: `replay/<name>.parquet`."""
-    found = (Path(run) / "replay").glob("*.parquet")
+def results(run: str | Path, table: Table = REPLAY) -> list[str]:
+    """Names of the results that a run has, in order: `replay/<name>.parquet`, or of `REPLAY_EP`."""
+    found = (Path(run) / table.name).glob("*.parquet")
     return sorted(p.stem for p in found if p.is_file() and not p.name.startswith("."))
 
 
@@ -47,7 +47,7 @@ def replayed(run: str | Path, name: str, rows: int) -> Result:
     return Result(table)
 
 
-def about(run: str | Path, name: str) -> dict[str, Any] | None:
+def about(run: str | Path, name: str, table: Table = REPLAY) -> dict[str, Any] | None:
     """What a result says of itself: machine, policy, sizes, what was left out.
 
     Returns:
@@ -56,7 +56,7 @@ def about(run: str | Path, name: str) -> dict[str, Any] | None:
     Raises:
         TraceError: There is no such result, or its file cannot be read.
     """
-    path = _path(run, name)
+    path = _path(run, name, table)
     try:
         said = (pq.read_schema(path).metadata or {}).get(_KEY)
         found = None if said is None else json.loads(said)
@@ -65,20 +65,20 @@ def about(run: str | Path, name: str) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def replay_rows(runs: Mapping[str, RunFiles]) -> pa.Table:
+def replay_rows(runs: Mapping[str, RunFiles], table: Table = REPLAY) -> pa.Table:
     """Rows of every result of `moe-lens replay`, with `run` and `result` in front.
 
     Files of others, and those that cannot be read, are left out: the trace is read without them.
     """
-    shape = pa.schema([("run", pa.string()), ("result", pa.string()), *REPLAY.schema])
+    shape = pa.schema([("run", pa.string()), ("result", pa.string()), *table.schema])
     parts = [shape.empty_table()]
     for run, files in runs.items():
-        for name in results(files.path):
+        for name in results(files.path, table):
             try:
-                if about(files.path, name) is None:
+                if about(files.path, name, table) is None:
                     continue
-                table = pq.read_table(_path(files.path, name), partitioning=None)
-                rows = table.select(REPLAY.schema.names).cast(REPLAY.schema)
+                whole = pq.read_table(_path(files.path, name, table), partitioning=None)
+                rows = whole.select(table.schema.names).cast(table.schema)
             except (TraceError, OSError, KeyError, pa.ArrowException):
                 continue
             named = (pa.array([text] * rows.num_rows, pa.string()) for text in (run, name))
@@ -86,10 +86,10 @@ def replay_rows(runs: Mapping[str, RunFiles]) -> pa.Table:
     return pa.concat_tables(parts)
 
 
-def _path(run: str | Path, name: str) -> Path:
-    if name not in results(run):
+def _path(run: str | Path, name: str, table: Table = REPLAY) -> Path:
+    if name not in results(run, table):
         raise TraceError(f"{run} has no replay result {name!r}.")
-    return Path(run) / "replay" / f"{name}.parquet"
+    return Path(run) / table.name / f"{name}.parquet"
 
 
 def _unreadable(path: Path, error: Exception) -> TraceError:

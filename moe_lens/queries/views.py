@@ -1,4 +1,4 @@
-"""The views of a session: one per table of the trace, plus `moe_layers`, `runs` and `replay`.
+"""The views of a session: one per table of the trace, `moe_layers`, `runs`, and results of replays.
 
 Data comes from `trace.reader` (files and open streams of one or several runs) and goes into an
 in-memory DuckDB. This is the one place where SQL is put together in Python, since DDL takes no
@@ -21,7 +21,7 @@ from moe_lens.queries.about import layers_table, runs_table
 from moe_lens.queries.replayed import replay_rows
 from moe_lens.trace.reader import RunFiles, superseded_from
 from moe_lens.trace.rollup import straddles
-from moe_lens.trace.schema import BUCKET, LOAD_COARSE, REPLAY, Table, with_keys
+from moe_lens.trace.schema import BUCKET, LOAD_COARSE, REPLAY, REPLAY_EP, Table, with_keys
 
 _RANK = r"'rank=(\d+)/seg-\d+\.parquet$'"
 
@@ -79,10 +79,11 @@ def create_views(con: duckdb.DuckDBPyConnection, runs: Mapping[str, RunFiles]) -
         ("moe_layers", layers_table(runs)),
         ("runs", runs_table(runs)),
         (REPLAY.name, replay_rows(runs)),
+        (REPLAY_EP.name, replay_rows(runs, REPLAY_EP)),
     ):
         _register(con, f"_{name}", rows)
         con.execute(f"create or replace view {name} as select * from _{name}")  # noqa: S608
-    return [*tables, LOAD_COARSE.name, "moe_layers", "runs", REPLAY.name]
+    return [*tables, LOAD_COARSE.name, "moe_layers", "runs", REPLAY.name, REPLAY_EP.name]
 
 
 def literal(text: str) -> str:

@@ -7,13 +7,17 @@ that runs out of time has seen all of it, only more coarsely.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import pyarrow.compute as pc
 
 from moe_lens.errors import ReplayError
 from moe_lens.replay import tables
 from moe_lens.replay.index import Index
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -75,10 +79,7 @@ def choose(index: Index, most: int | None, *, partial: bool = False) -> Chosen:
     by_phase: dict[str, list[Forward]] = defaultdict(list)
     for each in usable:
         by_phase[each.phase].append(each)
-    taken = [_spread(found, most) for found in by_phase.values()]
-    # One of each phase in turn, so that a beginning has all phases.
-    longest = max(map(len, taken))
-    visited = [found[i] for i in range(longest) for found in taken if i < len(found)]
+    visited = in_turns(by_phase, most)
     return Chosen(visited, len(every), len(every) - len(whole), partial)
 
 
@@ -98,7 +99,17 @@ def _all_tokens(index: Index, forward: Forward) -> int | None:
     return int(rows["tokens"][0].as_py()) if rows.num_rows else None
 
 
-def _spread(found: list[Forward], most: int | None) -> list[Forward]:
+def in_turns(by_phase: Mapping[str, list[_T]], most: int | None) -> list[_T]:
+    """At most so many of each phase, spread over the run: one of each phase in turn.
+
+    A beginning of the list has all phases, and each of them from all over the run.
+    """
+    taken = [_spread(found, most) for found in by_phase.values()]
+    longest = max(map(len, taken))
+    return [found[i] for i in range(longest) for found in taken if i < len(found)]
+
+
+def _spread(found: list[_T], most: int | None) -> list[_T]:
     """At most so many, evenly apart, ordered so that every beginning is evenly apart too."""
     n = len(found) if most is None else min(most, len(found))
     at = [(2 * i + 1) * len(found) // (2 * n) for i in range(n)]

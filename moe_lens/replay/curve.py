@@ -24,6 +24,9 @@ from moe_lens.replay.measure import in_graphs
 from moe_lens.runtime.layer import MoELayer
 from moe_lens.runtime.timing import interleaved
 
+_SAME_DIGITS = 9
+"""Shares that are equal to so many decimals are equal."""
+
 _PRODUCTS = ("gate_up", "act", "down")
 _ROTATED = 4
 """Experts that take turns within a point of the curve, so that a cache does not keep the one."""
@@ -76,17 +79,23 @@ class Attributed:
         self.time_ns += time_ns
 
     def hottest(self, most: int) -> list[dict[str, Any]]:
-        """The experts with the largest shares: expert, rows, share, attributed ns."""
+        """The experts with the largest shares: expert, rows, share, alike, attributed ns.
+
+        `alike` counts the other experts of the layer with that share, listed or not. Among equals
+        the lower id comes first.
+        """
         total = float(self.curve_ns_E.sum())
         if total <= 0:
             return []
-        share_E = self.curve_ns_E / total
+        # Sums of floats in another order differ in their last digits, which is no difference.
+        share_E = (self.curve_ns_E / total).round(_SAME_DIGITS)
         order = np.argsort(-share_E, kind="stable")[:most]
         return [
             {
                 "expert": int(e),
                 "rows": int(self.rows_E[e]),
                 "share": float(share_E[e]),
+                "alike": int((share_E == share_E[e]).sum()) - 1,
                 "attributed_ns": float(share_E[e] * self.time_ns),
             }
             for e in order

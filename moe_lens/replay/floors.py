@@ -1,7 +1,7 @@
 """The least time that a machine could take: what must be computed, and what must be moved.
 
-A stage takes at least its operations at the matrix rate, and at least its bytes at the copy
-bandwidth; the larger of the two is its floor. Rows and touched experts are counted from the routing
+A stage takes at least its operations at the matrix rate, and at least its bytes at the bandwidth;
+the larger of the two is its floor. Rows and touched experts are counted from the routing
 that is replayed, never expected values. The same formulas hold on a CPU, with its own ceilings.
 
 T tokens, S rows that experts compute (slots that were not dropped), U touched experts, D hidden,
@@ -33,7 +33,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Ceiling:
-    """What a machine reaches: bytes that a copy moves (read and written), and operations."""
+    """What a machine reaches: bytes that are moved (read and written), and operations."""
 
     bytes_per_s: float
     flop_per_s: float
@@ -51,20 +51,28 @@ class Work:
         return 1e9 * max(self.flop / ceiling.flop_per_s, self.bytes / ceiling.bytes_per_s)
 
 
-def stages(tokens: int, rows: int, touched: int, shape: Shape) -> dict[str, Work]:
-    """Each stage of an unfused layer, which leaves its result in memory for the next.
+def stages(
+    tokens: int, rows: int, touched: int, shape: Shape, *, gathers: bool = False
+) -> dict[str, Work]:
+    """Each stage of a layer that leaves a stage's result in memory for the next.
 
     Args:
         tokens: T.
         rows: S.
         touched: U.
         shape: Of the layer.
+        gathers: The first product reads tokens in place of gathered rows, and writes what SwiGLU
+            makes of its own: permute and act have no work then.
     """
     wide = shape.hidden * shape.itemsize
     inner = shape.intermediate * shape.itemsize
     expert = shape.hidden * shape.intermediate * shape.itemsize
     product = rows * shape.hidden * shape.intermediate
     maps = 2 * _INT * rows
+    if gathers:
+        moved = tokens * wide + _INT * rows + touched * 2 * expert + rows * inner
+        first = {"permute": Work(0, 0), "gate_up": Work(4 * product, moved), "act": Work(0, 0)}
+        return {**stages(tokens, rows, touched, shape), **first}
     return {
         # ids read for the counts and again for the order; rows, slots and places written
         "plan": Work(0, 2 * _INT * rows + 3 * _INT * rows),

@@ -69,7 +69,8 @@ def measured(
         own = layer.parts(x_TD, torch.from_numpy(ids_TK).to(layer.device), weights_TK)
         alone = interleaved(own, repeats, layer.device, graphs=graphs)
         parts = {name: 1e9 * median(rounds) for name, rounds in alone.items()}
-    counted = counts(routed, work, shape, ceiling)
+    gathers = layer.backend_for(ids_TK.size).product == "triton"
+    counted = counts(routed, work, shape, ceiling, gathers=gathers)
     noise = taken["time"] * noise_floor(seconds["time"], seconds["again"])
     if (
         counted["touched"] == shape.experts
@@ -109,13 +110,18 @@ def in_graphs(layer: MoELayer, slots: int) -> bool:
     return product == "triton"
 
 
-def counts(routed: Routed, work: Work, shape: Shape, ceiling: Ceiling) -> Row:
-    """What can be said of a forward without running it: its place, its rows and its floors."""
+def counts(
+    routed: Routed, work: Work, shape: Shape, ceiling: Ceiling, *, gathers: bool = False
+) -> Row:
+    """What can be said of a forward without running it: its place, its rows and its floors.
+
+    `gathers`: as `floors.stages` takes it.
+    """
     rows_E = rows_by_expert(work.expert_ids_TK, shape.experts)
     touched = rows_E[rows_E > 0]
     tokens, rows = len(work.expert_ids_TK), int(rows_E.sum())
     least = floors.fused(tokens, rows, len(touched), shape)
-    of_stages = floors.stages(tokens, rows, len(touched), shape)
+    of_stages = floors.stages(tokens, rows, len(touched), shape, gathers=gathers)
     return {
         "rank": routed.rank,
         "layer": routed.layer,

@@ -7,6 +7,7 @@ biases) do as much arithmetic and move as many bytes, but for the biases.
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 
 from moe_lens.errors import ReplayError
@@ -82,5 +83,9 @@ def preset(name: str) -> Preset:
     """
     found = PRESETS.get(name.lower())
     if found is None:
-        raise ReplayError(f"There is no preset {name!r}. There are: {', '.join(PRESETS)}.")
+        asked = name.lower()
+        longer = [known for known in PRESETS if asked and known.startswith(asked)]
+        near = longer or difflib.get_close_matches(asked, PRESETS, 1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ReplayError(f"There is no preset {name!r}.{hint} There are: {', '.join(PRESETS)}.")
     return found

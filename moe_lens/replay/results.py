@@ -1,4 +1,4 @@
-"""The file that a replay leaves: `RUN/replay/<name>.parquet`.
+"""The file that a replay leaves: `RUN/replay/<name>.parquet`, or `RUN/replay_ep/<name>.parquet`.
 
 A complete result replaces an earlier one of its name in one step. Until it is complete, what was
 measured so far lies beside it, in `<name>-interrupted.parquet`, and stays there if the replay ends
@@ -21,7 +21,7 @@ from moe_lens.replay.floors import Shape
 from moe_lens.replay.machine import slug
 from moe_lens.replay.measure import Row
 from moe_lens.replay.settings import Settings
-from moe_lens.trace.schema import REPLAY
+from moe_lens.trace.schema import REPLAY, Table
 from moe_lens.trace.segment import open_parquet
 
 KEY = b"moe_lens"
@@ -33,13 +33,14 @@ class Output:
 
     Args:
         path: Of the complete result.
+        table: What its rows are.
 
     Raises:
         ReplayError: Nothing can be written there.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, table: Table = REPLAY) -> None:
+        self.path, self.table = path, table
         self.unfinished = path.with_name(f"{path.stem}{INTERRUPTED}{path.suffix}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,11 +62,11 @@ class Output:
 
     def so_far(self, rows: list[Row], about: dict[str, Any]) -> None:
         """Keep what was measured so far."""
-        _write(self.unfinished, rows, about)
+        _write(self.unfinished, self.table, rows, about)
 
     def complete(self, rows: list[Row], about: dict[str, Any]) -> None:
         """Write the result, and remove what was kept of it before."""
-        _write(self.path, rows, about)
+        _write(self.path, self.table, rows, about)
         self.unfinished.unlink(missing_ok=True)
 
 
@@ -77,7 +78,7 @@ def _check_ours(path: Path) -> None:
         raise ReplayError(f"{e}. It is not written over: remove it, or name another file.") from e
 
 
-def result_path(run: Path, name: str) -> Path:
+def result_path(run: Path, name: str, table: Table = REPLAY) -> Path:
     """Where a result of this name lies.
 
     Raises:
@@ -85,7 +86,7 @@ def result_path(run: Path, name: str) -> Path:
     """
     if not name or name != Path(name).name or name.startswith("."):
         raise ReplayError(f"--name is the name of a file without its folder, got {name!r}.")
-    return run / "replay" / f"{name.removesuffix('.parquet')}.parquet"
+    return run / table.name / f"{name.removesuffix('.parquet')}.parquet"
 
 
 def name_of(settings: Settings, shapes: list[Shape], device: str) -> str:
@@ -126,13 +127,12 @@ def about(path: Path) -> dict[str, Any]:
     return said
 
 
-def _write(path: Path, rows: list[Row], about: dict[str, Any]) -> None:
-    order = sorted(rows, key=lambda row: tuple(row[name] for name in REPLAY.sort))
-    table = pa.Table.from_pylist(order, REPLAY.schema)
+def _write(path: Path, table: Table, rows: list[Row], about: dict[str, Any]) -> None:
+    order = sorted(rows, key=lambda row: tuple(row[name] for name in table.sort))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open_parquet(temporary, REPLAY) as writer:
-            writer.write_table(table)
+        with open_parquet(temporary, table) as writer:
+            writer.write_table(pa.Table.from_pylist(order, table.schema))
             writer.add_key_value_metadata({KEY: json.dumps(about).encode()})
         temporary.replace(path)
     except BaseException:

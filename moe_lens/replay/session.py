@@ -22,7 +22,7 @@ from moe_lens.replay.measure import Row, call, in_graphs, measured, rows_by_expe
 from moe_lens.replay.policies import Work, apply
 from moe_lens.replay.routing import Routed, read
 from moe_lens.replay.settings import Settings, check_memory, device_of, dtype_of, shape_of
-from moe_lens.runtime.ceilings import Ceilings, device_name, versions
+from moe_lens.runtime.ceilings import device_name, versions
 from moe_lens.runtime.layer import MoELayer
 from moe_lens.trace.reader import open_run
 
@@ -86,7 +86,7 @@ def replay(
         run: Folder of the trace.
         settings: What to replay, and how.
         name: Of the result, `RUN/replay/<name>.parquet`; None: as `results.name_of` says.
-        out: Another file to write in its place.
+        out: Another file to write in its place; not together with `name`.
         on_progress: Called when a layer of a forward is done.
 
     Returns:
@@ -99,6 +99,10 @@ def replay(
         KeyboardInterrupt: Before anything was measured.
     """
     settings = settings or Settings()
+    if name is not None and out is not None:
+        raise ReplayError(
+            f"--name {name} and --out {out} both say where the result is to lie: give one of them."
+        )
     begun = time.monotonic()
     files = open_run(run)
     index = index_of(files, layers=settings.layers, phase=settings.phase, steps=settings.steps)
@@ -127,7 +131,7 @@ def _check_top_k(index: Index, settings: Settings) -> None:
 
 
 @contextmanager
-def _short_collections() -> Iterator[None]:
+def short_collections() -> Iterator[None]:
     """Garbage is collected before every timing: do not look through all of torch each time."""
     ours = gc.get_freeze_count() == 0
     if ours:
@@ -189,10 +193,12 @@ class _Session:
     def run(self, output: results.Output) -> Replayed:
         """Measure, and write what came of it."""
         self.on_progress(Progress(0, 1, "measuring the machine"))
+        before = time.monotonic()
         self.ceilings, self.ceilings_from = machine.ceilings_of(self.device)
+        self.begun += time.monotonic() - before  # once for all replays: not this one's time
         state = "complete"
         try:
-            with _short_collections():
+            with short_collections():
                 self._measure(output)
         except KeyboardInterrupt:
             if not self.rows:
@@ -276,7 +282,7 @@ class _Session:
             routed,
             work,
             shape,
-            _ceiling(self.ceilings, shape),
+            self._ceiling(),
             repeats=self.settings.repeats,
             stages=self.settings.stages,
         )
@@ -352,7 +358,7 @@ class _Session:
             "run_id": self.index.files.meta.run_id,
             "model": self.index.files.meta.model,
             "policy": asdict(self.settings.policy),
-            "weights": _weights(self.unweighted, tokens),
+            "weights": weights_from(self.unweighted, tokens),
             "renormalised": self._renormalised(),
             "expert_weights": "random",
             "preset": asdict(preset) if preset else None,
@@ -365,6 +371,7 @@ class _Session:
             "clock": self._clock(),
             "ceilings": asdict(self.ceilings),
             "ceilings_from": self.ceilings_from,
+            "beaten": summary.beaten(self.rows, self._ceiling()),
             "versions": versions(),
             "backends": self.backends,
             "repeats": self.settings.repeats,
@@ -398,6 +405,10 @@ class _Session:
             ],
         }
 
+    def _ceiling(self) -> Ceiling:
+        rate = self.ceilings.matmul_flop_per_s[str(self.dtype).removeprefix("torch.")]
+        return Ceiling(self.ceilings.bytes_per_s, rate)
+
     def _clock(self) -> str:
         if self.device.type == "cpu":
             return "process CPU time, one thread"
@@ -410,11 +421,7 @@ class _Session:
         return all(info.normalised is True for info in self.index.infos.values())
 
 
-def _ceiling(ceilings: Ceilings, shape: Shape) -> Ceiling:
-    return Ceiling(ceilings.copy_bytes_per_s, ceilings.matmul_flop_per_s[shape.dtype])
-
-
-def _weights(unweighted: int, tokens: int) -> str:
+def weights_from(unweighted: int, tokens: int) -> str:
     """Where the gate weights come from, in words."""
     if not unweighted:
         return "recorded"

@@ -126,9 +126,10 @@ def shape_of(info: LayerInfo, settings: Settings, dtype: torch.dtype) -> Shape:
         missing = " and ".join(
             n for n, v in (("--hidden", hidden), ("--intermediate", inner)) if v is None
         )
+        path = "" if info.path == str(info.layer) else f" ({info.path})"
         raise ReplayError(
-            f"layer {info.layer} ({info.path}): the trace does not know its sizes. Give {missing}, "
-            "or --preset."
+            f"The trace does not say how large an expert of layer {info.layer}{path} is, since its "
+            f"recorder did not know. Give {missing}, or --preset."
         )
     if hidden < 1 or inner < 1:
         raise ReplayError(f"hidden and intermediate are at least 1, got {hidden} and {inner}.")

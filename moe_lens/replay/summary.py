@@ -1,21 +1,28 @@
 """What was measured, in a row for each phase and layer, and in one sentence.
 
-Percentiles are over the forwards of the trace; what repeats of a forward differ by is noise, and
-stands apart. Ratios are of sums over the forwards.
+Percentiles are over the forwards of the trace, and None where there are too few of them; what
+repeats of a forward differ by is noise, and stands apart. Ratios are of sums over the forwards.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moe_lens.numbers import percent
-from moe_lens.replay.measure import Row
+from moe_lens.replay.floors import STAGES
+
+if TYPE_CHECKING:
+    from moe_lens.replay.floors import Ceiling
+    from moe_lens.replay.measure import Row
 
 Summary = dict[str, Any]
+
+P90_FROM, P99_FROM = 10, 100
+"""Forwards from which on one lies above the percentile; of fewer it would be their slowest."""
 
 ENOUGH = 3
 """Forwards from which on a difference is called one: noise of one or two is not known well."""
@@ -49,17 +56,19 @@ def _summed(rows: list[Row]) -> Summary:
     time, again = column("time_ns"), column("again_ns")
     total = float(time.sum())
     p50, p90, p99 = (float(p) for p in np.percentile(time, [50, 90, 99]))
+    forwards = len({(row["rank"], row["step"], row["forward"]) for row in rows})
     slots, dropped = int(column("slots").sum()), int(column("dropped").sum())
     # Errors of single forwards cancel in part when they are summed; what they share does not.
     drift = abs(float((again - time).sum())) / total
     spread = math.sqrt(float((column("noise_ns") ** 2).sum())) / total
     return {
-        "forwards": len({(row["rank"], row["step"], row["forward"]) for row in rows}),
+        "forwards": forwards,
         "tokens": int(column("tokens").sum()),
         "time_ns": total,
         "p50_ns": p50,
-        "p90_ns": p90,
-        "p99_ns": p99,
+        "p90_ns": p90 if forwards >= P90_FROM else None,
+        "p99_ns": p99 if forwards >= P99_FROM else None,
+        "max_ns": float(time.max()),
         "noise": max(drift, spread),
         "floor_ns": float(np.median(column("floor_ns"))),
         "over_floor": total / _or_nan(float(column("floor_ns").sum())),
@@ -83,8 +92,6 @@ def _summed(rows: list[Row]) -> Summary:
 
 def _stages(rows: list[Row]) -> dict[str, float] | None:
     """Median time of each stage, where stages were measured."""
-    from moe_lens.replay.floors import STAGES
-
     found = {
         name: [row[f"{name}_ns"] for row in rows if row[f"{name}_ns"] is not None]
         for name in STAGES
@@ -101,6 +108,23 @@ def differs(ratio: float, noise: float) -> bool:
 def answers(rows: list[Row]) -> list[str]:
     """How much this routing costs beside a balanced one: a sentence for each phase."""
     return [_answer(found) for found in by_phase(rows)]
+
+
+def beaten(rows: list[Row], ceiling: Ceiling) -> list[dict[str, Any]]:
+    """Ceilings that a forward went beyond, which a ceiling does not allow: it was measured too low.
+
+    Returns:
+        For each such ceiling `what` ("matmul" or "memory"), in how many `forwards` of a layer, and
+        `by` how many times it at the most.
+    """
+    rates = {"matmul": ("flop", ceiling.flop_per_s), "memory": ("bytes", ceiling.bytes_per_s)}
+    found = []
+    for what, (column, most) in rates.items():
+        over = [1e9 * row[column] / row["time_ns"] / most for row in rows if row["time_ns"] > 0]
+        above = [ratio for ratio in over if ratio > 1]
+        if above:
+            found.append({"what": what, "forwards": len(above), "by": max(above)})
+    return found
 
 
 def _answer(of: Summary) -> str:

@@ -33,6 +33,8 @@ class Answers:
     hottest: Rows
     losses: Rows
     health: Rows
+    replayed: Rows
+    """Empty where the run was not replayed."""
     hottest_by: str = field(default="lift")
 
     @property
@@ -55,6 +57,7 @@ def gather(trace: Trace, phase: str | None = None) -> list[Answers]:
     drops_by_tag = trace.query("dropped_tokens", phase=phase).rows()
     losses = trace.query("loss_by_tag", phase=phase).rows()
     health = trace.query("capture_health", phase=phase).rows()
+    replayed = trace.query("replay_layers", phase=phase).rows()
     drops = {p: trace.query("dropped_tokens", phase=p, by_tag=False).rows() for p in phases}
     # A lift compares tags: with one there is nothing to compare, and the share is what there is.
     tags = {i.run: {row["tag"] for row in of(losses, i.run)} for i in infos}
@@ -76,6 +79,7 @@ def gather(trace: Trace, phase: str | None = None) -> list[Answers]:
             hottest=of(hottest[by[info.run]], info.run),
             losses=of(losses, info.run),
             health=of(health, info.run),
+            replayed=of(replayed, info.run),
             hottest_by=by[info.run],
         )
         for info in infos

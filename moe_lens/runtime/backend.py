@@ -6,14 +6,14 @@ another. The environment variable MOE_LENS_RUNTIME replaces "auto".
 
 from __future__ import annotations
 
+import difflib
 import functools
 import os
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 
-from moe_lens.errors import RuntimeInputError
+from moe_lens.errors import RuntimeInputError, RuntimeUnavailable
 from moe_lens.runtime import cpu, gemm
 from moe_lens.runtime.gemm import choice, grouped
 
@@ -42,6 +42,7 @@ class Shape(NamedTuple):
     experts: int
     hidden: int
     intermediate: int
+    aligned: bool = True
 
 
 def resolve(wish: str, shape: Shape, slots: int | None = None) -> Backend:
@@ -61,8 +62,11 @@ def resolve(wish: str, shape: Shape, slots: int | None = None) -> Backend:
     if wish == "auto":
         return _quickest(shape, slots)
     if wish not in NAMES:
+        near = [name for name in NAMES if wish in name]
+        near = near or difflib.get_close_matches(wish, NAMES, 1, 0.7)
+        hint = f"did you mean {near[0]}? " if len(near) == 1 else ""
         raise RuntimeInputError(
-            f"no backend {wish!r} ({source}): there are auto, {', '.join(NAMES)}"
+            f"no backend {wish!r} ({source}): {hint}there are auto, {', '.join(NAMES)}"
         )
     if obstacle := _obstacle(wish, shape):
         raise RuntimeInputError(f"backend {wish} ({source}) does not run here: {obstacle}")
@@ -77,16 +81,18 @@ def _quickest(shape: Shape, slots: int | None) -> Backend:
         return Backend("cpu", f"the weights are on the CPU{_cpu_caution(dtype)}")
     if device.type != "cuda":
         return Backend("reference", f"there are no kernels for {device.type}")
-    if missing := _missing_kernels() or _too_many(shape):
-        return Backend("reference", f"the CUDA kernels cannot be had: {missing}")
+    capability = torch.cuda.get_device_capability(device)
+    if missing := _missing_kernels(capability) or _too_many(shape):
+        return Backend("reference", f"plain torch: {missing}")
     picked = choice.choose(
-        torch.cuda.get_device_capability(device),
+        capability,
         dtype,
         slots,
         shape.experts,
         shape.hidden,
         shape.intermediate,
         has_triton=gemm.has_triton(),
+        aligned=shape.aligned,
     )
     return Backend(f"cuda+{picked.name}", picked.why)
 
@@ -102,25 +108,29 @@ def _obstacle(name: str, shape: Shape) -> str:
         return f"the weights are on {device}"
     if name == "cpu":
         return ""
-    if missing := _missing_kernels() or _too_many(shape):
+    capability = torch.cuda.get_device_capability(device)
+    if missing := _missing_kernels(capability) or _too_many(shape):
         return missing
     if name == "cuda+triton" and not gemm.has_triton():
         return "triton is not installed"
     if name == "cuda+grouped_mm":
         if not grouped.exists():
             return f"torch {torch.__version__} has no torch.nn.functional.grouped_mm (2.10 has)"
-        return grouped.obstacle(dtype, shape.experts, shape.hidden, shape.intermediate)
+        sizes = shape.experts, shape.hidden, shape.intermediate
+        return grouped.obstacle(dtype, *sizes, aligned=shape.aligned)
     return ""
 
 
 @functools.cache
-def _missing_kernels() -> str:
-    """What the hand-written kernels lack; "" if nothing."""
+def _missing_kernels(capability: tuple[int, int]) -> str:
+    """What keeps the hand-written kernels from a device of this capability; "" if nothing."""
+    from moe_lens.runtime.cuda import launch
+
     try:
-        found = find_spec("cuda.core")
-    except ModuleNotFoundError:  # not even the package above it
-        found = None
-    return "" if found else "cuda.core is not installed: pip install 'moe-lens[kernels]'"
+        launch.architecture(capability)
+    except RuntimeUnavailable as e:
+        return str(e)
+    return ""
 
 
 def _too_many(shape: Shape) -> str:
@@ -128,7 +138,10 @@ def _too_many(shape: Shape) -> str:
     from moe_lens.runtime.cuda import kernels
 
     if shape.experts > kernels.MAX_EXPERTS:
-        return f"they take at most {kernels.MAX_EXPERTS} experts, and there are {shape.experts}"
+        return (
+            f"the CUDA kernels take at most {kernels.MAX_EXPERTS} experts, and there are "
+            f"{shape.experts}"
+        )
     return ""
 
 

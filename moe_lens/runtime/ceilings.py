@@ -1,15 +1,19 @@
-"""What a device can do at most, measured: how fast it copies, and how fast it multiplies.
+"""What a device can do at most, measured: how fast it copies, reads and multiplies.
 
-Physical floors are computed from these two. On random data, since a GPU multiplies zeros faster
-than anything real. On a CPU the seconds are the process's CPU time, as in all timings there.
+Physical floors are computed from these. On random data, since a GPU multiplies zeros faster than
+anything real. On a CPU the seconds are the process's CPU time, as in all timings there: a neighbour
+on the same cores takes none of it, but slows it (caches, memory, clocks), for seconds at a time. So
+everything is tried several times, with pauses between, and the best counts.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import subprocess
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -19,9 +23,21 @@ import torch
 from moe_lens.runtime.timing import Work, interleaved
 from moe_lens.runtime.weights import free_bytes
 
-REPEATS = 10
+REPEATS = 3
+"""Measurements of each work in a try."""
+
+TRIES = 4
+PAUSE_S = {"cpu": 1.0, "cuda": 0.1}
+"""Between two tries: a burst of a neighbour's may be over by then."""
+
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}
-"""Of one side of the copy: far above any cache."""
+"""Of one side of the copy, and of what is read: far above any cache."""
+
+WIDTH = 4096
+"""Columns of the matrix that is read by a product with a vector."""
+
+LOAD_S = 2.0
+"""A CUDA device multiplies for so long while its clocks are read."""
 
 MATRIX = {"cpu": 1024, "cuda": 8192}
 """Rows, columns and depth of the matrix product."""
@@ -33,6 +49,8 @@ class Ceilings:
 
     Attributes:
         copy_bytes_per_s: Of a large copy, bytes read plus bytes written.
+        read_bytes_per_s: Of reading alone, as decoding reads weights: the quicker of a large sum
+            and a large matrix times a vector.
         matmul_flop_per_s: By dtype ("bfloat16", ...): 2 n^3 operations of a large square product.
         device: "cpu" or "cuda".
         device_name: As it calls itself.
@@ -40,12 +58,13 @@ class Ceilings:
         threads: Threads that torch uses on the CPU.
         driver: Version of the NVIDIA driver; "" without one.
         versions: Of python, torch, the CUDA that torch was built for, and triton; "" if missing.
-        clocks_mhz: "sm", "memory" and "sm_max", as nvidia-smi saw them right after measuring; empty
-            where it cannot tell.
+        clocks_mhz: "sm", "memory" and "sm_max", as nvidia-smi saw them while the device multiplied;
+            empty where it cannot tell.
         measured_ns: When, in nanoseconds since 1970.
     """
 
     copy_bytes_per_s: float
+    read_bytes_per_s: float
     matmul_flop_per_s: dict[str, float]
     device: str
     device_name: str
@@ -56,23 +75,28 @@ class Ceilings:
     clocks_mhz: dict[str, float]
     measured_ns: int
 
+    @property
+    def bytes_per_s(self) -> float:
+        """The byte ceiling of a floor: a copy's or reading's, whichever is higher."""
+        return max(self.copy_bytes_per_s, self.read_bytes_per_s)
+
 
 def measure(device: torch.device | str) -> Ceilings:
-    """Measure a device. Takes a few seconds; the best of several repeats counts."""
+    """Measure a device. Takes several seconds: the best of `TRIES` tries counts."""
     device = torch.device(device)
-    copied = _copy_size(device)
-    copy_s = _best(_copy(copied, device), device)
-    rates = {}
+    moved = _size(device)
     size = MATRIX.get(device.type, MATRIX["cpu"])
+    products = {}
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         a = torch.randn(size, size, device=device).to(dtype)
         b = torch.randn(size, size, device=device).to(dtype)
-        out = torch.empty_like(a)
-        rates[str(dtype)[6:]] = 2 * size**3 / _best(_product(a, b, out), device)
-    driver, clocks = _nvidia_smi(device)
+        products[str(dtype)[6:]] = _product(a, b, torch.empty_like(a))
+    best = _best({**_moves(moved, device), **products}, device)
+    driver, clocks = _under_load(products["bfloat16"], best["bfloat16"], device)
     return Ceilings(
-        copy_bytes_per_s=2 * copied / copy_s,
-        matmul_flop_per_s=rates,
+        copy_bytes_per_s=2 * moved / best["copy"],
+        read_bytes_per_s=moved / min(best["sum"], best["vector"]),
+        matmul_flop_per_s={name: 2 * size**3 / best[name] for name in products},
         device=device.type,
         device_name=device_name(device),
         cores=_cores(),
@@ -109,31 +133,65 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _best(work: Work, device: torch.device) -> float:
-    return min(interleaved({"work": work}, REPEATS, device, cold=False)["work"])
+def _best(works: Mapping[str, Work], device: torch.device) -> dict[str, float]:
+    """Seconds of each work: the least of all repeats of all tries."""
+    best = dict.fromkeys(works, math.inf)
+    for turn in range(TRIES):
+        if turn:
+            time.sleep(PAUSE_S.get(device.type, 0.0))
+        for name, taken in interleaved(works, REPEATS, device, cold=False).items():
+            best[name] = min(best[name], *taken)
+    return best
 
 
-def _copy(size: int, device: torch.device) -> Work:
-    source = torch.randint(256, (size,), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return lambda: target.copy_(source)
+def _moves(size: int, device: torch.device) -> dict[str, Work]:
+    """A copy of `size` bytes, and two works that read as many and write next to nothing."""
+    numbers = torch.randint(2**31, (size // 8,), dtype=torch.int64, device=device)
+    target, total = torch.empty_like(numbers), torch.empty((), dtype=torch.int64, device=device)
+    rows = size // (2 * WIDTH)
+    some = torch.randn(min(rows, 64), WIDTH, device=device).to(torch.bfloat16)
+    matrix = some.repeat(-(-rows // len(some)), 1)[:rows]
+    vector, product = some[0].clone(), matrix.new_empty(rows)
+    return {
+        "copy": lambda: target.copy_(numbers),
+        "sum": lambda: torch.sum(numbers, 0, out=total),
+        "vector": lambda: torch.mv(matrix, vector, out=product),
+    }
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> Work:
     return lambda: torch.mm(a, b, out=out)
 
 
-def _copy_size(device: torch.device) -> int:
-    """The size asked for, or an eighth of what is free."""
+def _size(device: torch.device) -> int:
+    """Bytes to move: those asked for, or a sixteenth of what is free, in whole rows of a matrix."""
     wanted = COPY_BYTES.get(device.type, COPY_BYTES["cpu"])
     free = free_bytes(device)
-    return wanted if free is None else max(2**20, min(wanted, free // 8))
+    row = 2 * WIDTH
+    return wanted if free is None else max(2**20, min(wanted, free // 16)) // row * row
 
 
 def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def _under_load(work: Work, seconds: float, device: torch.device) -> tuple[str, dict[str, float]]:
+    """Driver and clocks while the device has work: an idle one clocks as it likes.
+
+    Args:
+        work: What it does meanwhile.
+        seconds: That one of them takes.
+        device: Which.
+    """
+    if device.type != "cuda":
+        return _nvidia_smi(device)
+    for _ in range(math.ceil(LOAD_S / seconds)):
+        work()
+    seen = _nvidia_smi(device)
+    torch.cuda.synchronize(device)
+    return seen
 
 
 def _nvidia_smi(device: torch.device) -> tuple[str, dict[str, float]]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from moe_lens.errors import RuntimeInputError
 from moe_lens.runtime import checks, gemm, ops, reference
 from moe_lens.runtime.backend import Backend, Shape, resolve
-from moe_lens.runtime.gemm import loop, tiles
+from moe_lens.runtime.gemm import grouped, loop, tiles
 from moe_lens.runtime.plan import Plan
 from moe_lens.runtime.weights import check_weights, random_weights, weight_bytes, weights_of
 
@@ -47,7 +47,9 @@ class MoELayer:
         self._down = down_EDF.detach().contiguous()
         self.experts, self.hidden, self.intermediate = down_EDF.shape
         self.dtype, self.device = down_EDF.dtype, down_EDF.device
-        self._shape = Shape(self.device, self.dtype, self.experts, self.hidden, self.intermediate)
+        sizes = self.experts, self.hidden, self.intermediate
+        aligned = grouped.is_aligned(self._gate_up, self._down)
+        self._shape = Shape(self.device, self.dtype, *sizes, aligned)
         self._wish = backend
         self._block: int | None = None
         # Splitting weights into matrices takes longer than a small product: done once, here.

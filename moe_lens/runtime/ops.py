@@ -118,13 +118,23 @@ def swiglu(gate_up_S2F: Tensor, ends_E: Tensor | None = None, *, reference: bool
 def combine(y_SD: Tensor, plan: Plan, weights_TK: Tensor, *, reference: bool = False) -> Tensor:
     """Each token's rows times its gate weights, summed in float32 in the order of k: [T, D].
 
-    Slots that no expert ran for add nothing, whatever their weight is.
+    Slots that no expert ran for add nothing, whatever their weight is. Gate weights in float64
+    are rounded to float32 where sums are float32.
+
+    Raises:
+        RuntimeInputError: Weights or rows that are not the plan's.
     """
-    if weights_TK.shape != plan.row_TK.shape or y_SD.dim() != 2:
+    if weights_TK.shape != plan.row_TK.shape or not weights_TK.is_floating_point():
         raise RuntimeInputError(
-            f"weights must be {list(plan.row_TK.shape)} as the ids are, got "
-            f"{list(weights_TK.shape)}"
+            f"weights must be floating point {list(plan.row_TK.shape)} as the ids are, got "
+            f"{weights_TK.dtype} {list(weights_TK.shape)}"
         )
+    if y_SD.dim() != 2 or len(y_SD) != plan.row_TK.numel():
+        raise RuntimeInputError(
+            f"y must be [{plan.row_TK.numel()}, hidden], a row a slot, got {list(y_SD.shape)}"
+        )
+    if weights_TK.dtype == torch.float64 and y_SD.dtype != torch.float64:
+        weights_TK = weights_TK.float()
     return cast("Tensor", _home(y_SD, reference).combine(y_SD, plan, weights_TK))
 
 

@@ -57,12 +57,17 @@ def random_weights(
     Never zeros: on those a GPU runs faster than on any real data, since fewer bits flip.
 
     Raises:
-        RuntimeInputError: A size below 1, or more than the device has free; nothing is allocated.
+        RuntimeInputError: A size below 1, a dtype that nothing is computed in, or more than the
+            device has free; nothing is allocated.
     """
     if min(experts, hidden, intermediate) < 1:
         raise RuntimeInputError(
             f"experts, hidden and intermediate must be at least 1, got {experts}, {hidden} and "
             f"{intermediate}"
+        )
+    if not _computes(dtype):
+        raise RuntimeInputError(
+            f"a layer computes in float32, bfloat16, float16 or float64, got {dtype}"
         )
     needed, free = weight_bytes(experts, hidden, intermediate, dtype), free_bytes(device)
     if free is not None and needed > free:
@@ -118,13 +123,18 @@ def check_weights(gate_up: Tensor, down: Tensor, name: str = "a layer") -> None:
             f"{name} has gate_up {gate_up.dtype} on {gate_up.device} and down {down.dtype} on "
             f"{down.device}: both must be alike"
         )
-    if not gate_up.dtype.is_floating_point or gate_up.dtype.itemsize < 2:
+    if not _computes(gate_up.dtype):
         raise RuntimeInputError(
             f"{name} has weights of {gate_up.dtype}: quantised weights are not supported, "
             "dequantise them first"
         )
     if gate_up.device.type == "meta":
         raise RuntimeInputError(f"{name} has weights on the meta device: load them first")
+
+
+def _computes(dtype: torch.dtype) -> bool:
+    """Whether weights of this dtype are multiplied as they are."""
+    return dtype.is_floating_point and dtype.itemsize >= 2
 
 
 def _obstacle(module: Any) -> str:

@@ -17,6 +17,7 @@ from moe_lens.terminal.health import health
 from moe_lens.terminal.heatmap import HeatMap
 from moe_lens.terminal.layers import balance
 from moe_lens.terminal.plain import print_plain
+from moe_lens.terminal.replays import replays
 from moe_lens.terminal.tags import hottest, losses, routing
 
 if TYPE_CHECKING:
@@ -73,6 +74,8 @@ def _run(answers: Answers, console: Console) -> None:
                 half,
             ),
         )
+    if measured := replays(answers):
+        print_plain(console, _section("Replay", *measured))
     print_plain(console, _section("Capture", health(answers)))
 
 

@@ -124,16 +124,15 @@ def _by_layer(every: list[Candidate], study: Study, phase: str) -> RenderableTyp
 def _traffic(every: list[Candidate], study: Study) -> RenderableType:
     made = table("placement")
     add_numbers(made, "to other\nranks", "once per\nchoice", "KB")
-    add_numbers(made, "to other\nnodes", "once per\nchoice", "KB")
+    if study.plan.nodes > 1:
+        add_numbers(made, "to other\nnodes", "once per\nchoice", "KB")
     for of in every:
         t = of.traffic
         if t is None:
             continue
-        cells = []
-        for once, by_choice in (
-            (t.to_ranks, t.to_ranks_by_choice),
-            (t.to_nodes, t.to_nodes_by_choice),
-        ):
+        kinds = [(t.to_ranks, t.to_ranks_by_choice), (t.to_nodes, t.to_nodes_by_choice)]
+        cells: list[str] = []
+        for once, by_choice in kinds if study.plan.nodes > 1 else kinds[:1]:
             cells += [decimal(kind.rows / t.token_layers) for kind in (once, by_choice)]
             size = once.bytes
             cells.append(NONE if size is None else decimal(size / t.token_layers / 1e3))
@@ -185,8 +184,8 @@ def _verdict(of: Verdict, method: str) -> list[Text]:
         return [said]
     rest = (
         f"Judged by windows of {of.forwards} forwards, each by the plan of the one before. By the "
-        f"forwards that plans were fitted to it would have been {of.fitted_gain:.1%}. Following "
-        f"them, the busiest rank fetches {of.moved:,.0f} experts a window."
+        f"forwards that plans were fitted to it would have been {100 * of.fitted_gain:.1f} %. "
+        f"Following them, the busiest rank fetches {of.moved:,.0f} experts a window."
     )
     return [said, Text(rest, style="dim")]
 
@@ -198,4 +197,7 @@ def _size(size: int | None) -> str:
 
 
 def _seconds(seconds: float) -> str:
-    return f"{seconds:,.1f} s" if seconds >= 1 else f"{1e3 * seconds:,.1f} ms"
+    for scale, unit in ((1, "s"), (1e3, "ms")):
+        if seconds * scale >= 1:
+            return f"{seconds * scale:,.1f} {unit}"
+    return f"{1e6 * seconds:,.0f} µs"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import groupby
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -11,13 +12,14 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_lens.numbers import NONE, count, decimal, percent, times
+from moe_lens.replay.summary import P90_FROM, P99_FROM
 from moe_lens.terminal.grid import add_numbers, add_row, notes, table
 from moe_lens.terminal.plain import print_plain
+from moe_lens.terminal.units import digits, in_unit, rate, unit_of
 
 Row = dict[str, Any]
 
 _INDENT = 2
-_UNITS = ((1e9, "s"), (1e6, "ms"), (1e3, "µs"), (1.0, "ns"))
 _HOT = 3
 
 
@@ -33,7 +35,10 @@ def print_replay(
         answers: What the routing costs, in sentences.
         path: Of the result's file.
     """
-    print_plain(console, Padding.indent(_heading(about, path), _INDENT))
+    print_plain(console, Padding.indent(_heading(about), _INDENT))
+    interrupted = "" if about["state"] == "complete" else " (interrupted: partial)"
+    label = f"{' ' * _INDENT}{'result':10}"
+    print_plain(console, Text.assemble((label, "dim"), path, interrupted), whole=True)
     for phase in dict.fromkeys(row["phase"] for row in layers):
         mine = [row for row in layers if row["phase"] == phase]
         forwards = max(row["forwards"] for row in mine)
@@ -50,24 +55,25 @@ def print_replay(
         hot = [row for row in about["attributed"] if row["phase"] == phase and row["experts"]]
         if hot:
             print_plain(console, "", Padding.indent(_hot(hot), _INDENT))
-    print_plain(console, Padding.indent(notes(*_explained(about)), _INDENT), "")
+    print_plain(console, Padding.indent(notes(*_explained(about, layers)), _INDENT), "")
+    for text in _beaten(about):
+        print_plain(console, Text(text, style="bold yellow"), "")
     for answer in answers:
         print_plain(console, Text(answer, style="bold"))
 
 
-def _heading(about: Row, path: str) -> Table:
+def _heading(about: Row) -> Table:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
     facts = {
         "replayed": _forwards(about),
-        "policy": _policy(about),
-        "layer": _shapes(about),
+        "policy": policy_words(about),
+        "layer": shape_words(about),
         "weights": f"experts: random; gate: {about['weights']}",
-        "on": f"{about['device_name']}: {_backends(about['backends'])}",
+        "on": f"{about['device_name']}: {backend_words(about['backends'])}",
         "measured": f"{about['clock']}; median of {about['repeats']} repeats",
         "floors": f"{_ceilings(about)}, {about['ceilings_from']}",
-        "result": path if about["state"] == "complete" else f"{path} (interrupted: partial)",
     }
     for label, text in facts.items():
         add_row(grid, label, text)
@@ -93,7 +99,8 @@ def _forwards(about: Row) -> str:
     return text
 
 
-def _policy(about: Row) -> str:
+def policy_words(about: Row) -> str:
+    """What became of the router's choices."""
     policy = about["policy"]
     text = str(policy["name"])
     if policy["name"] == "recorded":
@@ -106,7 +113,8 @@ def _policy(about: Row) -> str:
     return text
 
 
-def _shapes(about: Row) -> str:
+def shape_words(about: Row) -> str:
+    """The layers' sizes, and a preset that they are of."""
     kinds = dict.fromkeys(
         (s["experts"], s["top_k"], s["hidden"], s["intermediate"], s["dtype"])
         for s in about["shapes"]
@@ -128,32 +136,35 @@ def _shapes(about: Row) -> str:
     return f"{text})"
 
 
-def _backends(backends: dict[str, str]) -> str:
+def backend_words(backends: dict[str, str]) -> str:
+    """What ran, and why."""
     return "; ".join(f"{name}, {why}" for name, why in backends.items())
 
 
 def _ceilings(about: Row) -> str:
     dtype = about["shapes"][0]["dtype"]
     rates = about["ceilings"]
-    flop, flops = _rate(rates["matmul_flop_per_s"][dtype], "FLOP/s")
-    size, sizes = _rate(rates["copy_bytes_per_s"], "B/s")
+    flop, flops = rate(rates["matmul_flop_per_s"][dtype], "FLOP/s")
+    size, sizes = rate(max(rates["copy_bytes_per_s"], rates["read_bytes_per_s"]), "B/s")
     return f"{flop} {flops} {dtype}, {size} {sizes}"
 
 
 def _times(rows: list[Row]) -> RenderableType:
-    scale, unit = _unit(max(row["p99_ns"] for row in rows))
+    scale, unit = unit_of(max(row["max_ns"] for row in rows))
+    high = "p99_ns" if any(row["p99_ns"] is not None for row in rows) else "max_ns"
+    shown = ("p50_ns", "p90_ns", high, "floor_ns")
     made = table("layer")
-    add_numbers(made, f"p50\n{unit}", "p90", "p99", "floor", "time/\nfloor")
+    add_numbers(made, f"p50\n{unit}", "p90", high[:3], "floor", "time/\nfloor")
     add_numbers(made, "balanced\ntwin", "time/\ntwin", "same\ntouched", "time/\ntwin", "A/A\nnoise")
     for row in rows:
         add_row(
             made,
             str(row["layer"]),
-            *(_digits(row[name] / scale) for name in ("p50_ns", "p90_ns", "p99_ns", "floor_ns")),
+            *(NONE if row[name] is None else digits(row[name] / scale) for name in shown),
             times(row["over_floor"]),
-            _digits(row["balanced_ns"] / scale),
+            digits(row["balanced_ns"] / scale),
             _beside(row["over_balanced"], row["noise"]),
-            _digits(row["same_touched_ns"] / scale),
+            digits(row["same_touched_ns"] / scale),
             _beside(row["over_same_touched"], row["noise"]),
             percent(row["noise"]),
         )
@@ -162,8 +173,8 @@ def _times(rows: list[Row]) -> RenderableType:
 
 def _ran(rows: list[Row], about: Row) -> RenderableType:
     experts = {s["layer"]: s["experts"] for s in about["shapes"]}
-    flop = _rate(max(row["flop_per_s"] for row in rows), "FLOP/s")[1]
-    size = _rate(max(row["bytes_per_s"] for row in rows), "B/s")[1]
+    flop = rate(max(row["flop_per_s"] for row in rows), "FLOP/s")[1]
+    size = rate(max(row["bytes_per_s"] for row in rows), "B/s")[1]
     made = table("layer")
     add_numbers(made, "tokens", "touched\nexperts", "tokens/expert\nmin/median/max")
     add_numbers(made, "padded\nrows", "drop-\nped", "re-\nrouted")
@@ -178,20 +189,20 @@ def _ran(rows: list[Row], about: Row) -> RenderableType:
             times(1 + row["padded_share"]),
             percent(row["dropped"] / row["slots"] if row["slots"] else None),
             percent(row["rerouted"] / row["slots"] if row["slots"] else None),
-            _in(row["flop_per_s"], flop),
-            _in(row["bytes_per_s"], size),
+            in_unit(row["flop_per_s"], flop),
+            in_unit(row["bytes_per_s"], size),
         )
     return made
 
 
 def _stages(rows: list[Row]) -> RenderableType:
     names = list(rows[0]["stages_ns"] or {})
-    scale, unit = _unit(max(t for row in rows for t in (row["stages_ns"] or {"": 1.0}).values()))
+    scale, unit = unit_of(max(t for row in rows for t in (row["stages_ns"] or {"": 1.0}).values()))
     made = table("layer")
     add_numbers(made, *(f"{name}\n{unit}" for name in names))
     for row in rows:
         of = row["stages_ns"] or {}
-        cells = (_digits(of[name] / scale) if name in of else NONE for name in names)
+        cells = (digits(of[name] / scale) if name in of else NONE for name in names)
         add_row(made, str(row["layer"]), *cells)
     return made
 
@@ -199,19 +210,41 @@ def _stages(rows: list[Row]) -> RenderableType:
 def _hot(rows: list[Row]) -> RenderableType:
     made = table("layer", "hottest experts, and their share of its time (attributed)")
     for row in rows:
-        hottest = ", ".join(f"{e['expert']}: {percent(e['share'])}" for e in row["experts"][:_HOT])
-        add_row(made, str(row["layer"]), hottest)
+        add_row(made, str(row["layer"]), _hottest(row["experts"]))
     return made
 
 
-def _explained(about: Row) -> list[str]:
+def _hottest(experts: list[Row]) -> str:
+    """The first of them; those with one and the same share together."""
+    texts, named = [], 0
+    for share, group in groupby(experts, key=lambda e: e["share"]):
+        if named >= _HOT:
+            break
+        alike = list(group)
+        ids = [str(e["expert"]) for e in alike[: _HOT - named]]
+        named += len(ids)
+        others = alike[0]["alike"] + 1 - len(ids)
+        each = " each" if alike[0]["alike"] else ""
+        more = f" and {count(others)} more" if others else ""
+        texts.append(f"{', '.join(ids)}{more}: {percent(share)}{each}")
+    return "; ".join(texts)
+
+
+def _explained(about: Row, layers: list[Row]) -> list[str]:
     texts = [
-        "p50, p90, p99 are over forwards, the rest are medians or sums over them. floor: no fused "
-        "layer can be faster on these ceilings. balanced twin: as many rows, over all experts; "
-        "same touched: over the experts that this routing touches. ≈: no difference above the A/A "
-        "noise, which is what one and the same work differs by. padded rows: the rows of whole "
-        f"tiles of {about['tile']} over those there are."
+        "p50, floor and the twins: medians over forwards. time/floor, time/twin: all forwards "
+        "together, so long ones count most; it is not p50 over the column beside it. floor: no "
+        "fused layer can be faster on these ceilings. balanced twin: as many rows, over all "
+        "experts; same touched: over the experts that this routing touches. ≈: no difference above "
+        "the A/A noise, which is what one and the same work differs by. padded rows: the rows of "
+        f"whole tiles of {about['tile']} over those there are."
     ]
+    if any(row["p99_ns"] is None for row in layers):
+        texts.insert(
+            0,
+            f"A p90 takes {P90_FROM} forwards and a p99 {P99_FROM}: of fewer it would be the "
+            "slowest, which max is.",
+        )
     sums = [c["sum_ns"] / c["layer_ns"] for c in about["curves"] if c["layer_ns"]]
     if sums:
         ratios = ", ".join(decimal(ratio) for ratio in sums)
@@ -222,29 +255,23 @@ def _explained(about: Row) -> list[str]:
     return texts
 
 
+def _beaten(about: Row) -> list[str]:
+    """Ceilings that were measured too low, as this replay shows."""
+    dtype = about["shapes"][0]["dtype"]
+    words = {"matmul": f"the {dtype} rate", "memory": "the bandwidth"}
+    texts = []
+    for found in about["beaten"]:
+        n, what = found["forwards"], found["what"]
+        cached = " (or caches held the weights)" if what == "memory" else ""
+        texts.append(
+            f"{words[what]} that the floors are computed from was beaten in {count(n)} "
+            f"forward{'s' if n != 1 else ''} of a layer, by up to {decimal(found['by'])}×: it was "
+            f"measured too low{cached}. Measure again with moe-lens machine."
+        )
+    return [text[0].upper() + text[1:] for text in texts]
+
+
 def _beside(ratio: float, noise: float) -> str:
     if math.isnan(ratio):
         return NONE
     return "≈" if abs(ratio - 1) <= noise else f"{ratio:.2f}×"
-
-
-def _unit(ns: float) -> tuple[float, str]:
-    return next(((scale, unit) for scale, unit in _UNITS if ns >= scale), _UNITS[-1])
-
-
-def _digits(value: float) -> str:
-    """Three digits that mean something."""
-    return decimal(value, 0 if value >= 100 else 1 if value >= 10 else 2)
-
-
-_PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"))
-
-
-def _rate(value: float, unit: str) -> tuple[str, str]:
-    scale, prefix = next((p for p in _PREFIXES if value >= p[0]), _PREFIXES[-1])
-    return _digits(value / scale), prefix + unit
-
-
-def _in(value: float, unit: str) -> str:
-    scale = next(scale for scale, prefix in _PREFIXES if unit.startswith(prefix))
-    return _digits(value / scale)

@@ -5,7 +5,14 @@ docs/trace-tables.md is this text; a test compares them.
 
 from __future__ import annotations
 
-from moe_lens.trace.schema import LOAD_COARSE, REPLAY, SCHEMA_VERSION, TABLES, Table
+from moe_lens.trace.schema import (
+    LOAD_COARSE,
+    REPLAY,
+    REPLAY_EP,
+    SCHEMA_VERSION,
+    TABLES,
+    Table,
+)
 
 
 def markdown() -> str:
@@ -15,11 +22,11 @@ def markdown() -> str:
         "Generated from `moe_lens/trace/schema.py`; see [ARCHITECTURE](../ARCHITECTURE.md) for how "
         "the files lie on disk. The views of `moe_lens.open` put `run` and `rank` in front.\n"
     )
-    return head + "".join(_table(t) for t in (*TABLES.values(), LOAD_COARSE, REPLAY))
+    return head + "".join(_table(t) for t in (*TABLES.values(), LOAD_COARSE, REPLAY, REPLAY_EP))
 
 
 def _table(table: Table) -> str:
-    where = "file" if table is REPLAY else "segment"
+    where = "file" if table in (REPLAY, REPLAY_EP) else "segment"
     order = f"sorted by {', '.join(table.sort)}" if table.sort else "in order of arrival"
     lines = [
         f"\n## {table.name}\n",

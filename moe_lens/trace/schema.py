@@ -381,6 +381,46 @@ REPLAY = Table(
 """`RUN/replay/<name>.parquet`: what `moe-lens replay` measured."""
 
 
+REPLAY_EP = Table(
+    "replay_ep",
+    "(placement, layer, step, forward, ep_rank): what one rank of an expert-parallel group had to "
+    "do; what it ran on, and how, stands in the file's metadata as JSON under `moe_lens`",
+    (
+        _key("placement", STR, "contiguous, lpt, eplb, affinity, or the name of a plan's file"),
+        LAYER,
+        _key("step", I64, "of the forward in the trace"),
+        _key("forward", I32, "forward of the root module inside the step, from 0"),
+        PHASE,
+        _key("ep_rank", I32, "rank of the group, from 0"),
+        _key("ep_ranks", I32, "ranks of the group"),
+        _key("mode", STR, "simulated: ranks timed one by one on one device; real: side by side"),
+        _count("tokens", "valid tokens of the whole forward"),
+        _count("rows", "rows that this rank's experts computed"),
+        _count(
+            "arrived",
+            "tokens that reached this rank, its own too (metadata `dedup` false: "
+            "one for each choice)",
+        ),
+        _count("touched", "slots of this rank that computed something"),
+        _count("sent_rows", "rows that this rank sent to others in dispatch"),
+        _count("sent_bytes", "of those, bytes"),
+        _count("received_rows", "rows that this rank received from others in dispatch"),
+        _count("received_bytes", "of those, bytes"),
+        _ns(
+            "busy_ns", "time of this rank's experts, ns: median of the repeats (metadata: `clock`)"
+        ),
+        _ns("wait_ns", "time that it waits for the slowest rank's experts"),
+        _ns(
+            "noise_ns", "by how much two timings of the slowest rank differ: what is below is none"
+        ),
+        _ns("dispatch_ns", "time of dispatch (metadata `exchange`: modelled, or measured)"),
+        _ns("combine_ns", "time of combine, the same way"),
+    ),
+    ("placement", "layer", "step", "forward", "ep_rank"),
+)
+"""`RUN/replay_ep/<name>.parquet`: what `moe-lens replay --ep` measured."""
+
+
 def with_keys(keys: tuple[str, ...]) -> dict[str, Table]:
     """The tables, with the user's declared keys as string columns of `sequences`."""
     if not keys:

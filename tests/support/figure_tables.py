@@ -21,6 +21,69 @@ def answers(
     def add(question: str, **row: Any) -> None:
         made.setdefault(question, []).append({"run": "run1", **row})
 
+    for size in range(min(2, experts), experts + 1):
+        rate = size / experts
+        policies = {"lru": 0.4, "lfu": 0.6, "static": 0.8, "static_hindsight": 0.5, "optimum": 0.3}
+        add(
+            "hit_rates", size=size, **{p: rate**power for p, power in policies.items()}, chance=rate
+        )
+    for size in range(1, experts + 1):
+        add(
+            "recall",
+            size=size,
+            popularity=(size / experts) ** 0.8,
+            prefix=(size / experts) ** 0.6,
+            last_layer=(size / experts) ** 0.4,
+            chance=size / experts,
+        )
+    for tau in (1, 2, 4, 7):
+        add(
+            "growth",
+            tokens=tau,
+            sequences=9 - tau,
+            touched=1.0 + tau / 10,
+            low=1,
+            high=2,
+            chance=1.2 + tau / 10,
+        )
+    for i, tag in enumerate(("all tags", *tags)):
+        add(
+            "groups",
+            tag=tag,
+            sequences=20 + i,
+            batch=8,
+            grouped=3.0 + i / 10,
+            mixed=3.5,
+            ratio=(3.0 + i / 10) / 3.5,
+            ratio_se=0.01,
+            chance=3.9,
+            null_low=None if i else 0.98,
+            null_high=None if i else 1.02,
+        )
+    for rank in range(experts):
+        for forward in range(3):
+            add(
+                "rank_load",
+                placement="eplb",
+                layer=0,
+                forward=forward,
+                step=10 * forward,
+                rank=rank,
+                load=0.5 + rank + forward / 4,
+            )
+        for other in range(experts):
+            add(
+                "rank_traffic",
+                placement="eplb",
+                source=rank,
+                destination=other,
+                rows=100.0 + rank - other,
+            )
+    for step in STEPS:
+        for name in ("contiguous", "eplb"):
+            add("rank_slowest", placement=name, step=step, slowest=1.5 + step / 100)
+    for window in (1, 2, 3):
+        add("placement_gains", window=window, gain=window / 10, least=0.15)
     for layer in range(layers):
         add(
             "replay_layers",
@@ -252,7 +315,19 @@ def answers(
     return {question: pd.DataFrame(rows) for question, rows in made.items()}  # fmt: skip
 
 
+PLACED = {"rank_load", "rank_slowest", "rank_traffic", "placement_gains"}
+COMPUTED = {"hit_rates", "recall", "growth", "groups", *PLACED}
+"""Tables of `moe_lens.metrics` and of placements, not answers of stored questions."""
+
 FIGURES = {
+    "hit_rates": "hit_rates",
+    "prefetch": "recall",
+    "working_set": "growth",
+    "grouping": "groups",
+    "rank_load": "rank_load",
+    "rank_slowest": "rank_slowest",
+    "rank_traffic": "rank_traffic",
+    "placement_gains": "placement_gains",
     "replay_layers": "replay_layers",
     "all_to_all": "all_to_all",
     "capacity_curve": "capacity_sweep",

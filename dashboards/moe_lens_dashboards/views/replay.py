@@ -73,8 +73,11 @@ def _table(rows: pd.DataFrame) -> None:
     shown = {
         "layer": columns.whole("layer"),
         "p50_ms": columns.number("p50, ms"),
-        "p90_ms": columns.number("p90"),
-        "p99_ms": columns.number("p99", help="Over forwards of the trace, never over repeats."),
+        "p90_ms": columns.number("p90", help="Of 10 forwards or more; of fewer, see max."),
+        "p99_ms": columns.number(
+            "p99", help="Of 100 forwards or more, never over repeats; of fewer, see max."
+        ),
+        "max_ms": columns.number("max", help="The slowest forward."),
         "over_floor": columns.number("time / floor", 1),
         "over_balanced": columns.number("time / balanced", 2),
         "over_same_touched": columns.number(

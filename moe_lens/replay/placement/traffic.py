@@ -54,7 +54,7 @@ def sent(slot_TK: NDArray[Any], source_T: NDArray[Any], placement: Placement) ->
     there_TR = np.zeros((tokens, ranks + 1), bool)
     there_TR[np.arange(tokens)[:, None], place_TK] = True
     there_TR = there_TR[:, :ranks]
-    node_TN: NDArray[np.bool_] = there_TR.reshape(tokens, nodes, ranks // nodes).any(axis=2)
+    node_TN = np.asarray(there_TR.reshape(tokens, nodes, ranks // nodes).any(axis=2), bool)
     key_TK = source_T[:, None] * (ranks + 1) + place_TK
     counted = np.bincount(key_TK.ravel(), minlength=ranks * (ranks + 1))
     choices_RR = counted.reshape(ranks, ranks + 1)[:, :ranks]

@@ -159,13 +159,21 @@ def _held(plan: Placement, rank: int) -> NDArray[np.bool_]:
 
 
 def _says(mean: float, low: float, high: float, least: float, windows: int) -> tuple[str, str]:
-    of = f"{mean:.1%} fewer rows on the slowest ranks"
-    of += f" ({low:.1%} to {high:.1%}, from {windows} windows)"
+    word = "fewer" if mean >= 0 else "more"
+    of = f"{_percent(abs(mean))} {word} rows on the slowest ranks (gain {_percent(low)} to "
+    of += f"{_percent(high)}, from {windows} windows)"
     if low > least:
-        return "helps", f"{of}: more than the {least:.1%} asked for."
+        return "helps", f"{of}: more than the {_percent(least)} asked for."
     if high < least:
-        return "does not help", f"{of}: less than the {least:.1%} asked for."
-    return "not enough evidence", f"{of}: it may be more or less than the {least:.1%} asked for."
+        return "does not help", f"{of}: less than the {_percent(least)} asked for."
+    return (
+        "not enough evidence",
+        f"{of}: it may be more or less than the {_percent(least)} asked for.",
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
 def _unknown(why: str) -> Verdict:

@@ -1,5 +1,8 @@
 """The ops of an MoE layer as CUDA kernels: what `moe_lens.runtime.reference` says, on a device.
 
+Called through `moe_lens.runtime.ops`, which has checked shapes and dtypes as every home of the ops
+needs them. Refused here is what the kernels alone do not take: sizes, and dtypes of numbers.
+
 Nothing here waits for the device, and what is allocated depends on shapes alone: after one call
 that loads the kernels, everything can be captured in a CUDA graph. The result is the same, bit for
 bit, every time. Inference only.
@@ -43,10 +46,10 @@ def plan(expert_ids_TK: Tensor, experts: int) -> Plan:
         experts: E, at most `MAX_EXPERTS`.
 
     Raises:
-        RuntimeInputError: Not int32 [T, K], or more experts or choices than the kernels take.
+        RuntimeInputError: More experts, choices or slots than the kernels take.
         RuntimeUnavailable: The kernels cannot be compiled or loaded.
     """
-    tokens, top_k = _check_ids(expert_ids_TK, experts)
+    tokens, top_k = _check_sizes(expert_ids_TK, experts)
     ids_TK = expert_ids_TK.contiguous()
     device, slots = ids_TK.device, tokens * top_k
     row_TK = torch.empty_like(ids_TK)
@@ -91,22 +94,19 @@ def capacity(
     Three launches a round (five for many slots), and a round for each runner-up.
 
     Raises:
-        RuntimeInputError: A shape, dtype or size that the kernels do not take.
+        RuntimeInputError: More experts, choices or slots than the kernels take.
         RuntimeUnavailable: The kernels cannot be compiled or loaded.
     """
-    tokens, top_k = _check_ids(expert_ids_TK, experts)
+    tokens, top_k = _check_sizes(expert_ids_TK, experts)
     ids_TK = expert_ids_TK.contiguous()
     device = ids_TK.device
     if by == "position":
         priority_TK = next_priority_TM = None
-    elif by == "prob":
-        priority_TK = _floats(priority_TK, ids_TK, "priority_TK")
     else:
-        raise RuntimeInputError(f'by is {by!r}: it is "position" or "prob"')
+        assert priority_TK is not None  # ops checks
+        priority_TK = priority_TK.contiguous()
     if isinstance(room, Tensor):
-        if room.shape != (experts,):
-            raise RuntimeInputError(f"room must be [{experts}], got {list(room.shape)}")
-        left_E = room.to(device=device, dtype=torch.int32, copy=True)
+        left_E = room.to(device=device, copy=True)
     else:
         least = min(max(room, 0), MAX_SLOTS)
         left_E = torch.full((experts,), least, dtype=torch.int32, device=device)
@@ -115,15 +115,10 @@ def capacity(
     if next_ids_TM is None or next_ids_TM.numel() == 0:
         return placed
     runners_up = next_ids_TM.shape[1]
-    if next_ids_TM.shape[0] != tokens or next_ids_TM.dtype != torch.int32:
-        raise RuntimeInputError(
-            f"next_ids must be int32 [{tokens}, runners-up], got {next_ids_TM.dtype} "
-            f"{list(next_ids_TM.shape)}"
-        )
     next_ids_TM = next_ids_TM.contiguous()
     claim_priority_TK = None
-    if by == "prob":
-        next_priority_TM = _floats(next_priority_TM, next_ids_TM, "next_priority_TM")
+    if next_priority_TM is not None:
+        next_priority_TM = next_priority_TM.contiguous()
         claim_priority_TK = torch.empty(tokens, top_k, dtype=torch.float32, device=device)
     used_T = torch.zeros(tokens, dtype=torch.int32, device=device)
     claim_ids_TK, which_TK = torch.empty_like(ids_TK), torch.empty_like(ids_TK)
@@ -154,12 +149,10 @@ def permute(x_TD: Tensor, plan: Plan) -> Tensor:
     where a row's length in bytes is no multiple of 16.
 
     Raises:
-        RuntimeInputError: x does not have a row for each token of the plan.
+        RuntimeInputError: Rows of an odd number of bytes.
         RuntimeUnavailable: The kernels cannot be compiled or loaded.
     """
     tokens, top_k = plan.row_TK.shape
-    if x_TD.dim() != 2 or len(x_TD) != tokens:
-        raise RuntimeInputError(f"x must be [{tokens}, hidden], got {list(x_TD.shape)}")
     x_TD = x_TD.contiguous()
     x_SD = torch.empty(tokens * top_k, x_TD.shape[1], dtype=x_TD.dtype, device=x_TD.device)
     if x_SD.numel() == 0:
@@ -183,14 +176,10 @@ def swiglu(gate_up_S2F: Tensor, ends_E: Tensor | None = None) -> Tensor:
         ends_E: With it, rows from `ends_E[-1]` on are neither read nor written.
 
     Raises:
-        RuntimeInputError: Another dtype, or an odd number of columns.
+        RuntimeInputError: Another dtype.
         RuntimeUnavailable: The kernels cannot be compiled or loaded.
     """
     width = _width(gate_up_S2F, "gate_up")
-    if gate_up_S2F.dim() != 2 or gate_up_S2F.shape[1] % 2:
-        raise RuntimeInputError(
-            f"gate and up must be [rows, 2 * intermediate], got {list(gate_up_S2F.shape)}"
-        )
     gate_up_S2F = gate_up_S2F.contiguous()
     rows, intermediate = gate_up_S2F.shape[0], gate_up_S2F.shape[1] // 2
     device, dtype = gate_up_S2F.device, gate_up_S2F.dtype
@@ -218,18 +207,15 @@ def combine(y_SD: Tensor, plan: Plan, weights_TK: Tensor) -> Tensor:
         weights_TK: float32, bfloat16 or float16.
 
     Raises:
-        RuntimeInputError: Another dtype or shape.
+        RuntimeInputError: Another dtype.
         RuntimeUnavailable: The kernels cannot be compiled or loaded.
     """
     width = _width(y_SD, "y")
     tokens, top_k = plan.row_TK.shape
-    if weights_TK.shape != plan.row_TK.shape or weights_TK.dtype not in _WEIGHTS:
+    if weights_TK.dtype not in _WEIGHTS:
         raise RuntimeInputError(
-            f"weights must be {list(plan.row_TK.shape)} of float32, bfloat16 or float16, got "
-            f"{weights_TK.dtype} {list(weights_TK.shape)}"
+            f"weights must be float32, bfloat16 or float16, got {weights_TK.dtype}: convert them"
         )
-    if y_SD.dim() != 2 or len(y_SD) != tokens * top_k:
-        raise RuntimeInputError(f"y must be [{tokens * top_k}, hidden], got {list(y_SD.shape)}")
     y_SD, weights_TK = y_SD.contiguous(), weights_TK.contiguous()
     y_TD = torch.empty(tokens, y_SD.shape[1], dtype=y_SD.dtype, device=y_SD.device)
     if y_TD.numel() == 0:
@@ -265,21 +251,17 @@ def flush_l2(device: torch.device) -> None:
     launch("moe_flush_l2", (blocks, 1), 256, buffer, words, device=device)
 
 
-def _check_ids(expert_ids_TK: Tensor, experts: int) -> tuple[int, int]:
-    if expert_ids_TK.dim() != 2 or expert_ids_TK.dtype != torch.int32:
-        raise RuntimeInputError(
-            f"expert_ids must be int32 [tokens, choices], got {expert_ids_TK.dtype} "
-            f"{list(expert_ids_TK.shape)}"
-        )
+def _check_sizes(expert_ids_TK: Tensor, experts: int) -> tuple[int, int]:
+    """T and K, if the kernels take that many."""
     tokens, top_k = expert_ids_TK.shape
-    if not 1 <= experts <= MAX_EXPERTS:
+    if experts > MAX_EXPERTS:
         raise RuntimeInputError(
-            f"the CUDA kernels take 1 to {MAX_EXPERTS} experts, got {experts}: force the backend "
-            '"reference"'
+            f"the CUDA kernels take {MAX_EXPERTS} experts at most, got {experts}: force the "
+            'backend "reference"'
         )
-    if not 1 <= top_k <= MAX_TOP_K:
+    if top_k > MAX_TOP_K:
         raise RuntimeInputError(
-            f"the CUDA kernels take 1 to {MAX_TOP_K} choices a token, got {top_k}: force the "
+            f"the CUDA kernels take {MAX_TOP_K} choices a token at most, got {top_k}: force the "
             'backend "reference"'
         )
     if tokens * top_k > MAX_SLOTS:
@@ -287,13 +269,6 @@ def _check_ids(expert_ids_TK: Tensor, experts: int) -> tuple[int, int]:
             f"the CUDA kernels take {MAX_SLOTS:,} slots, got {tokens * top_k:,}: split the batch"
         )
     return tokens, top_k
-
-
-def _floats(values: Tensor | None, like: Tensor, name: str) -> Tensor:
-    if values is None or values.shape != like.shape:
-        got = "none" if values is None else list(values.shape)
-        raise RuntimeInputError(f'by="prob" needs {name}, {list(like.shape)}; got {got}')
-    return values.to(torch.float32).contiguous()
 
 
 def _width(rows: Tensor, name: str) -> int:

@@ -68,16 +68,25 @@ def load(index: int) -> dict[str, Any]:
                 "the CUDA kernels cannot be loaded while a graph is being captured: run the "
                 "captured code once before, as torch.cuda.graph asks for anyway"
             )
-        toolkit = compiler.nvrtc_version()  # first: it says if a package is missing
-        driver = _driver_version()
-        if driver < toolkit[0]:
-            raise RuntimeUnavailable(too_old(driver, toolkit))
-        arch = compiler.arch_of(torch.cuda.get_device_capability(index))
+        arch = architecture(torch.cuda.get_device_capability(index))
         code = compiler.cubin(compiler.source(), arch)
         with torch.cuda.device(index):
             _bind(index)
             _kernels[index] = _load(code, arch)
         return _kernels[index]
+
+
+def architecture(capability: tuple[int, int]) -> str:
+    """What to compile for, on a device of this capability.
+
+    Raises:
+        RuntimeUnavailable: cuda.core, NVRTC or the driver is missing or too old, or the device is.
+    """
+    toolkit = compiler.nvrtc_version()  # first: it says if a package is missing
+    driver = _driver_version()
+    if driver < toolkit[0]:
+        raise RuntimeUnavailable(too_old(driver, toolkit))
+    return compiler.arch_of(capability)
 
 
 def too_old(driver: int, toolkit: tuple[int, int]) -> str:

@@ -41,7 +41,14 @@ def grouped_mm(x_SD: Tensor, w_EFD: Tensor, ends_E: Tensor, backend: str | None 
         if x_SD.is_cuda:
             capability = torch.cuda.get_device_capability(x_SD.device)
             backend = choice.choose(
-                capability, x_SD.dtype, len(x_SD), experts, depth, out, has_triton=has_triton()
+                capability,
+                x_SD.dtype,
+                len(x_SD),
+                experts,
+                depth,
+                out,
+                has_triton=has_triton(),
+                aligned=grouped.is_aligned(x_SD, w_EFD),
             ).name
     if backend == "loop":
         return loop.grouped_mm(x_SD, w_EFD, ends_E)

@@ -34,6 +34,7 @@ def choose(
     intermediate: int,
     *,
     has_triton: bool = True,
+    aligned: bool = True,
 ) -> Choice:
     """The product for a layer of this shape.
 
@@ -45,10 +46,11 @@ def choose(
         hidden: D.
         intermediate: F.
         has_triton: Whether triton can be imported.
+        aligned: Whether the weights begin where `grouped_mm` can read them (`grouped.is_aligned`).
     """
     sm = f"sm_{capability[0]}{capability[1]}"
     name = str(dtype).removeprefix("torch.")
-    obstacle = grouped.obstacle(dtype, experts, hidden, intermediate)
+    obstacle = grouped.obstacle(dtype, experts, hidden, intermediate, aligned=aligned)
     fast = grouped.is_fast(capability, dtype) and not obstacle
     if not has_triton:
         if fast:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 ALIGN = 16
-"""Bytes that row strides must be a multiple of."""
+"""Bytes that row strides, and where a tensor begins, must be a multiple of."""
 
 MAX_EXPERTS = 1023
 """One thread of one block prepares each (GroupMM.cu)."""
@@ -26,13 +26,22 @@ def exists() -> bool:
     return hasattr(torch.nn.functional, "grouped_mm")
 
 
-def obstacle(dtype: torch.dtype, experts: int, *widths: int) -> str:
+def is_aligned(*tensors: Tensor) -> bool:
+    """Whether all of them begin where it can read them; a view of a larger tensor may not."""
+    return all(tensor.data_ptr() % ALIGN == 0 for tensor in tensors)
+
+
+def obstacle(dtype: torch.dtype, experts: int, *widths: int, aligned: bool = True) -> str:
     """What it cannot take of a layer whose rows have these widths; "" if nothing."""
     if experts > MAX_EXPERTS:
         return f"grouped_mm takes at most {MAX_EXPERTS} experts, and there are {experts}"
     if any(width * dtype.itemsize % ALIGN for width in widths):
         rows = " and ".join(map(str, widths))
         return f"grouped_mm needs rows of a multiple of {ALIGN} bytes, and widths are {rows}"
+    if not aligned:
+        return (
+            f"grouped_mm needs tensors that begin at a multiple of {ALIGN} bytes, and one does not"
+        )
     return ""
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+from support.replayed import timings
+from support.replayed import write as write_replay
 from support.traces import segment, stream, write_run
 
 COMMANDS = ("demo", "record", "info", "report", "query", "recover", "dashboard", "diff",
@@ -117,6 +119,19 @@ def test_query_writes_every_format(run: Path, tmp_path: Path) -> None:
         capture_output=True, check=True,
     )  # fmt: skip
     assert pq.read_table(io.BytesIO(piped.stdout))["n"].to_pylist() == [1600, 1600]
+
+
+def test_a_question_about_replays_says_where_there_are_none(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "r").path
+    done = moe_lens("query", run, "replay_layers")
+    assert done.returncode == 0
+    assert done.stdout.startswith("run")
+    said = f"{run} holds no result of a replay: moe-lens replay {run} makes one.\n"
+    assert done.stderr == said
+    assert moe_lens("query", run, "expert_load").stderr == ""
+    write_replay(run, "mine", timings(1))
+    done = moe_lens("query", run, "replay_layers", "--param", "phase=decode")
+    assert done.stderr == ""  # there is one, of which the parameters leave nothing
 
 
 def test_query_takes_parameters(run: Path) -> None:

@@ -6,9 +6,15 @@ import json
 import os
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from moe_lens.commands.machine import _print
+from moe_lens.replay.machine import highest
+from moe_lens.runtime.ceilings import Ceilings
 
 
 def moe_lens(cache: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -28,8 +34,27 @@ def test_measured_and_kept(tmp_path: Path) -> None:
     assert kept.is_relative_to(tmp_path)
     assert json.loads(kept.read_text()) == said
     assert said["copy_bytes_per_s"] > 0
+    assert said["read_bytes_per_s"] > 0
     assert set(said["matmul_flop_per_s"]) == {"bfloat16", "float16", "float32"}
     assert said["threads"] == 1
+
+
+def test_what_is_higher_stays_and_its_age_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    rates = {"bfloat16": 200e9, "float32": 100e9}
+    then = time.time_ns() - 2 * 3_600 * 10**9
+    before = Ceilings(9e9, 8e9, rates, "cpu", "A chip", 2, 1, "", {}, {}, then)
+    now = replace(before, copy_bytes_per_s=1e10, matmul_flop_per_s={**rates, "float32": 40e9})
+    _print(highest(now, before), now, before)
+    assert capsys.readouterr().out.splitlines() == [
+        "A chip (cpu, 1 thread)",
+        "  copy      10.0 GB/s, read and written",
+        "  read      8.0 GB/s",
+        "  bfloat16  200.0 GFLOP/s",
+        "  float32   100.0 GFLOP/s (now 40.0)",
+        "  the higher of now and what was stored 2 hours ago",
+    ]
+    _print(now, now, None)
+    assert "stored" not in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,8 @@ def env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         patch.setenv("MOE_LENS_CACHE", str(cache))
         rates = {"bfloat16": 200e9, "float16": 50e9, "float32": 100e9}
         name, found = device_name(CPU), versions()
-        machine.store(Ceilings(1e10, rates, "cpu", name, 2, 1, "", found, {}, 1), CPU)
+        then = time.time_ns() - 3 * 86_400 * 10**9
+        machine.store(Ceilings(1e10, 8e9, rates, "cpu", name, 2, 1, "", found, {}, then), CPU)
     return os.environ | {"MOE_LENS_CACHE": str(cache)}
 
 
@@ -90,17 +92,19 @@ def test_tables_and_the_answer(run: Path, env: dict[str, str]) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     text = done.stdout
-    assert max(map(len, text.splitlines())) <= 80
+    (result,) = (run / "replay").glob("*.parquet")
+    assert f"\n  result    {result}\n" in text  # to be copied: on one line, however long
+    assert max(len(line) for line in text.splitlines() if str(result) not in line) <= 80
     assert "nan" not in text
     assert "…" not in text
     for phase in ("train", "eval"):
         assert f"\n{phase}: 1 forward a layer\n" in text
         assert re.search(rf"\n{phase}: [\d.]+× a balanced routing; too few", text)
-    (result,) = (run / "replay").glob("*.parquet")
     rows = pq.read_table(result).to_pylist()
     assert len(rows) == 4
     flat = " ".join(text.split())
-    assert "stored by moe-lens machine" in flat
+    assert "stored 3 days ago" in flat
+    assert "A p90 takes 10 forwards and a p99 100" in flat
     assert "2 of 4 forwards" in flat
     assert "8 experts, top-2, hidden 16, intermediate 16" in flat
 
@@ -120,7 +124,8 @@ def test_json(run: Path, env: dict[str, str]) -> None:
     for layer in said["layers"]:
         (row,) = (r for r in rows if (r["phase"], r["layer"]) == (layer["phase"], layer["layer"]))
         assert layer["dropped"] == row["dropped"]
-        assert layer["p50_ns"] == layer["p99_ns"] == row["time_ns"]
+        assert layer["p50_ns"] == layer["max_ns"] == row["time_ns"]
+        assert layer["p90_ns"] is layer["p99_ns"] is None  # one forward has no percentiles
         assert layer["over_balanced"] == pytest.approx(row["time_ns"] / row["balanced_ns"])
 
 
@@ -136,7 +141,7 @@ def test_ctrl_c(run: Path, env: dict[str, str]) -> None:
     left = run / "replay" / "n-interrupted.parquet"
     assert pq.read_table(left).num_rows == 2
     assert done.stderr == f"interrupted: what was measured so far is in {left}\n"
-    assert "(interrupted: partial)" in " ".join(done.stdout.split())
+    assert f"{left} (interrupted: partial)\n" in done.stdout
     assert "it was interrupted before the other 1 chosen" in " ".join(done.stdout.split())
     assert "a balanced routing; too few to call it more or less" in " ".join(done.stdout.split())
 
@@ -145,7 +150,7 @@ def test_ctrl_c(run: Path, env: dict[str, str]) -> None:
     ("words", "code", "says"),
     [
         (("--policy", "reroute"), 1, "no runners-up were recorded"),
-        (("--preset", "gpt-5"), 1, "There is no preset 'gpt-5'. There are: mixtral-8x7b"),
+        (("--preset", "gpt-5"), 1, "There is no preset 'gpt-5'."),
         (("--capacity-factor", "1"), 2, "--capacity-factor belongs to --policy drop"),
         (("--priority", "prob"), 2, "--priority belongs to --policy drop"),
         (("--policy", "drop", "--capacity-factor", "0"), 2, "must be above 0, got 0"),
@@ -160,6 +165,9 @@ def test_ctrl_c(run: Path, env: dict[str, str]) -> None:
         (("--device", "cuda:9"), 1, "There is no device cuda:9"),
         (("--backend", "warp"), 1, "no backend 'warp'"),
         (("--top-k", "5"), 1, "--top-k 5: the trace has 2 choices a token"),
+        (("--preset", "olmoe"), 1, "Did you mean olmoe-1b-7b?"),
+        (("--backend", "triton"), 1, "did you mean cuda+triton?"),
+        (("--name", "a", "--out", "b.parquet"), 1, "--name a and --out b.parquet both say"),
         (("--name", "a/b"), 1, "--name is the name of a file"),
         (("--out", "/proc/nowhere/x.parquet"), 1, "cannot be written"),
     ],
@@ -188,7 +196,10 @@ def test_a_trace_that_cannot_be_replayed(tmp_path: Path, env: dict[str, str]) ->
     sizes = write_run(tmp_path / "sizes").path
     done = moe_lens(env, "replay", sizes)
     assert done.returncode == 1
-    assert "does not know its sizes. Give --hidden and --intermediate, or --preset." in done.stderr
+    assert (
+        "The trace does not say how large an expert of layer 0 (model.layers.0.mlp) is, since its "
+        "recorder did not know. Give --hidden and --intermediate, or --preset."
+    ) in " ".join(done.stderr.split())
 
 
 def about(**changes: Any) -> dict[str, Any]:
@@ -215,13 +226,16 @@ def about(**changes: Any) -> dict[str, Any]:
         "backends": {"cuda+triton": "it is quick", "cuda+loop": "it is there"},
         "clock": "a clock",
         "repeats": 5,
-        "ceilings": {"matmul_flop_per_s": {"bfloat16": 788e12}, "copy_bytes_per_s": 4.3e12},
+        "ceilings": {"matmul_flop_per_s": {"bfloat16": 788e12}, "copy_bytes_per_s": 4.1e12,
+                     "read_bytes_per_s": 4.3e12},
+        "beaten": [],
         "ceilings_from": "measured now, and stored",
         "tile": 128,
         "curves": [{"sum_ns": 5.0, "layer_ns": 4.0}],
         "attributed": [
             {"layer": n, "phase": "decode",
-             "experts": [{"expert": 63, "rows": 5, "share": 0.5, "attributed_ns": 1.0}]}
+             "experts": [{"expert": 63, "rows": 5, "share": 0.5, "alike": 0,
+                          "attributed_ns": 1.0}]}
             for n in range(3)
         ],
     }  # fmt: skip
@@ -231,7 +245,7 @@ def about(**changes: Any) -> dict[str, Any]:
 def layer(number: int, **changes: Any) -> dict[str, Any]:
     base = {
         "phase": "decode", "layer": number, "forwards": 12, "tokens": 768, "time_ns": 2e6,
-        "p50_ns": 4_567_890.0, "p90_ns": 5e6, "p99_ns": 12_345_678.0, "noise": 0.02,
+        "p50_ns": 4_567_890.0, "p90_ns": 5e6, "p99_ns": 12_345_678.0, "max_ns": 2e7, "noise": 0.02,
         "floor_ns": 3e6, "over_floor": 1.52, "balanced_ns": 4e6, "over_balanced": 1.14,
         "same_touched_ns": 4.5e6, "over_same_touched": 1.015, "touched": 62.5, "rows_min": 1,
         "rows_median": 7.5, "rows_max": 12_000, "padded_share": 14.0, "slots": 6144,
@@ -278,6 +292,62 @@ def test_the_page_fits_and_says_what_was_measured(width: int) -> None:
     assert "15.0×" in ran[0]
     assert percent(0.25) in ran[0]
     assert ran[0].split()[-2:] == ["512", "2.50"]
+
+
+def printed(about: dict[str, Any], layers: list[dict[str, Any]], path: str = "/r.parquet") -> str:
+    out = io.StringIO()
+    print_replay(Console(file=out, width=80, highlight=False), about, layers, [], path)
+    return out.getvalue()
+
+
+def test_of_too_few_forwards_the_slowest_is_shown() -> None:
+    few = layer(0, p90_ns=None, p99_ns=None)
+    text = printed(about(), [few])
+    assert "p90   max  floor" in text
+    row = next(line.split() for line in text.splitlines() if line.split()[:1] == ["0"])
+    assert row[1:5] == ["4.57", "–", "20.0", "3.00"]
+    assert "A p90 takes 10 forwards and a p99 100" in text
+    both = printed(about(), [few, layer(1)])
+    assert next(x.split() for x in both.splitlines() if x.split()[:1] == ["0"])[2:4] == ["–", "–"]
+    assert "p99  floor" in both
+    assert "A p90 takes" not in printed(about(), [layer(0)])
+
+
+def test_a_long_path_stays_in_one_piece() -> None:
+    path = "/" + "/".join(["a-folder-with-a-name"] * 8) + "/result.parquet"
+    assert f"\n  result    {path}\n" in printed(about(), [layer(0)], path)
+    partial = printed(about(state="interrupted"), [layer(0)], path)
+    assert f"\n  result    {path} (interrupted: partial)\n" in partial
+
+
+def test_experts_with_the_same_share_stand_together() -> None:
+    def hot(*experts: tuple[int, float, int]) -> str:
+        rows = [{"expert": e, "rows": 1, "share": s, "alike": n} for e, s, n in experts]
+        said = about(attributed=[{"layer": 0, "phase": "decode", "experts": rows}])
+        text = printed(said, [layer(0)])
+        return next(x for x in text.splitlines() if x.split()[:1] == ["0"] and ":" in x).strip()
+
+    assert hot((4, 0.5, 0), (1, 0.3, 0)) == "0      4: 50.0 %; 1: 30.0 %"
+    assert hot(*((e, 0.125, 7) for e in range(5))) == "0      0, 1, 2 and 5 more: 12.5 % each"
+    assert hot((3, 0.4, 0), (0, 0.3, 1), (2, 0.3, 1)) == "0      3: 40.0 %; 0, 2: 30.0 % each"
+    assert hot((3, 0.4, 1), (9, 0.4, 1), (0, 0.1, 1), (2, 0.1, 1)) == (
+        "0      3, 9: 40.0 % each; 0 and 1 more: 10.0 % each"
+    )
+
+
+def test_a_ceiling_that_was_beaten_is_said() -> None:
+    beaten = [
+        {"what": "matmul", "forwards": 3, "by": 1.5},
+        {"what": "memory", "forwards": 1, "by": 1.1},
+    ]
+    flat = " ".join(printed(about(beaten=beaten), [layer(0)]).split())
+    assert (
+        "The bfloat16 rate that the floors are computed from was beaten in 3 forwards of a layer, "
+        "by up to 1.50×: it was measured too low. Measure again with moe-lens machine."
+    ) in flat
+    assert "The bandwidth that the floors are computed from was beaten in 1 forward of" in flat
+    assert "measured too low (or caches held the weights)" in flat
+    assert "beaten" not in printed(about(), [layer(0)])
 
 
 def test_layers_that_know_their_sizes(tmp_path: Path, env: dict[str, str]) -> None:

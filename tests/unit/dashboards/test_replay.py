@@ -93,6 +93,10 @@ def test_a_result_of_ours_is_drawn_by_phase(opened: Any, tmp_path: Path) -> None
     assert "Policy drop; capacity factor 1.25 by prob; 64 × 32 bfloat16" in shown
     assert any(r"\<b\>chip" in c.value for c in app.caption)
     assert [list(f.value["layer"]) for f in app.dataframe] == [[0, 3], [0, 3]]
+    for frame in app.dataframe:  # three or four forwards: the slowest, and no p90 or p99
+        assert frame.value["p99_ms"].isna().all()
+        assert frame.value["p90_ms"].isna().all()
+        assert (frame.value["max_ms"] >= frame.value["p50_ms"]).all()
     assert len(app.get("plotly_chart")) == 2
     app = turned(opened(run, first_layer="1"), "replay")
     assert [list(f.value["layer"]) for f in app.dataframe] == [[3], [3]]

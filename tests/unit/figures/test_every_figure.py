@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
-from support.figure_tables import FIGURES, answers
+from support.figure_tables import COMPUTED, FIGURES, answers
 from support.traces import layer_info, meta
 
 import moe_lens.figures
@@ -132,7 +132,7 @@ def test_the_tables_have_the_columns_of_the_questions(tmp_path: Path) -> None:
     write_meta(tmp_path, meta(0, layers=[layer_info(0, 4)]))
     made = answers()
     with open_trace(tmp_path) as trace:
-        for name in sorted(set(FIGURES.values())):
+        for name in sorted(set(FIGURES.values()) - COMPUTED):
             assert set(made[name].columns) <= set(trace.query(name).columns), name
 
 

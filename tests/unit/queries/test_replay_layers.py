@@ -14,6 +14,7 @@ from support.traces import write_run
 from moe_lens.errors import TraceError
 from moe_lens.queries.replayed import about
 from moe_lens.queries.session import open_trace
+from moe_lens.replay.summary import P90_FROM, P99_FROM, by_layer
 
 
 def quantile(values: list[float], q: float) -> float:
@@ -49,8 +50,10 @@ def test_it_is_what_a_plain_summary_says(run: Path) -> None:
         time = sum(x["time_ns"] for x in of)
         assert r["forwards"] == len(of)
         assert r["tokens"] == sum(x["tokens"] for x in of)
-        for column, q in (("p50_ms", 0.5), ("p90_ms", 0.9), ("p99_ms", 0.99)):
-            assert r[column] == pytest.approx(quantile([x["time_ns"] / 1e6 for x in of], q))
+        times = [x["time_ns"] / 1e6 for x in of]
+        assert r["p50_ms"] == pytest.approx(quantile(times, 0.5))
+        assert r["max_ms"] == pytest.approx(max(times))
+        assert r["p90_ms"] is r["p99_ms"] is None  # of three or four forwards
         for twin in ("balanced", "same_touched", "floor"):
             assert r[f"{twin}_ms"] == pytest.approx(
                 quantile([x[f"{twin}_ns"] / 1e6 for x in of], 0.5)
@@ -64,6 +67,24 @@ def test_it_is_what_a_plain_summary_says(run: Path) -> None:
             share = sum(x[what] for x in of) / sum(x["slots"] for x in of)
             assert r[f"{what}_share"] == pytest.approx(share)
         assert r["flop_per_s"] == pytest.approx(1e9 * sum(x["flop"] for x in of) / time)
+
+
+@pytest.mark.parametrize("forwards", [P90_FROM - 1, P90_FROM, P99_FROM - 1, P99_FROM])
+def test_percentiles_take_as_many_forwards_as_on_the_terminal(run: Path, forwards: int) -> None:
+    found = [row | {"phase": "eval"} for row in timings(5, forwards)]
+    write(run, "a", found)
+    with open_trace(run) as trace:
+        got = trace.query("replay_layers").rows()
+    assert [r["forwards"] for r in got] == [forwards] * 2
+    for r, said in zip(got, by_layer(found), strict=True):
+        for q in ("p50", "p90", "p99", "max"):
+            wanted = said[f"{q}_ns"]
+            assert r[f"{q}_ms"] == (None if wanted is None else pytest.approx(wanted / 1e6))
+        times = [x["time_ns"] / 1e6 for x in found if x["layer"] == r["layer"]]
+        if forwards >= P90_FROM:
+            assert r["p90_ms"] == pytest.approx(quantile(times, 0.9))
+        if forwards >= P99_FROM:
+            assert r["p99_ms"] == pytest.approx(quantile(times, 0.99))
 
 
 def test_a_run_that_was_not_replayed_has_no_rows(run: Path) -> None:

@@ -17,6 +17,7 @@ CPU = torch.device("cpu")
 def ceilings() -> Ceilings:
     return Ceilings(
         copy_bytes_per_s=10e9,
+        read_bytes_per_s=8e9,
         matmul_flop_per_s={"bfloat16": 200e9, "float16": 50e9, "float32": 100e9},
         device="cpu",
         device_name=device_name(CPU),

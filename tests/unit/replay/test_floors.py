@@ -62,6 +62,18 @@ def test_nothing_runs() -> None:
     assert set(stages(0, 0, 0, shape).values()) == {Work(0, 0)}
 
 
+def test_a_product_that_gathers_and_gates_has_their_work_and_no_rows_between() -> None:
+    shape, tokens, rows, touched = OLMOE[0], 64, 512, 60
+    whole, apart = (stages(tokens, rows, touched, shape, gathers=g) for g in (True, False))
+    assert list(whole) == list(apart)
+    assert whole["permute"] == whole["act"] == Work(0, 0)
+    assert whole["gate_up"].flop == apart["gate_up"].flop
+    wide, inner, weights = 2048 * 2, 1024 * 2, 60 * 2 * 2048 * 1024 * 2
+    assert whole["gate_up"].bytes == tokens * wide + 4 * rows + weights + rows * inner
+    for name in ("plan", "down", "combine"):
+        assert whole[name] == apart[name]
+
+
 def test_padding_fills_whole_tiles() -> None:
     assert padded_rows([0, 1, 128, 129], 128) == 127 + 127
     assert padded_rows([512] * 64, 128) == 0

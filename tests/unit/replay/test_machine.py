@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +27,8 @@ def test_kept_and_found(ceilings: Ceilings, cache: Path) -> None:
     assert machine.ceilings_path(CPU).is_relative_to(cache)
     found, where = machine.ceilings_of(CPU)
     assert found == ceilings
-    assert where.startswith("stored")
+    assert where.startswith("stored ")
+    assert where.endswith(" days ago")  # of 1970
 
 
 def test_another_number_of_threads_is_another_machine() -> None:
@@ -50,8 +52,47 @@ def test_those_of_another_torch_are_not_used(ceilings: Ceilings) -> None:
     old = json.loads(path.read_text())
     path.write_text(json.dumps({**old, "versions": {**old["versions"], "torch": "1.0"}}))
     assert machine.stored(CPU) is None
-    machine.store(replace(ceilings, copy_bytes_per_s=0.0), CPU)
+    machine.store(replace(ceilings, copy_bytes_per_s=0.0, read_bytes_per_s=0.0), CPU)
     assert machine.stored(CPU) is None
+
+
+def test_what_an_older_version_kept_is_measured_again(ceilings: Ceilings) -> None:
+    path = machine.ceilings_path(CPU)
+    old = json.loads(path.read_text())
+    del old["read_bytes_per_s"]
+    path.write_text(json.dumps(old))
+    assert machine.stored(CPU) is None
+
+
+def test_a_lower_rate_does_not_replace_a_higher_one(ceilings: Ceilings) -> None:
+    now = replace(
+        ceilings,
+        copy_bytes_per_s=12e9,
+        read_bytes_per_s=1e9,
+        matmul_flop_per_s={"bfloat16": 100e9, "float16": 60e9, "float32": 100e9},
+        measured_ns=7,
+    )
+    kept = machine.highest(now, ceilings)
+    assert (kept.copy_bytes_per_s, kept.read_bytes_per_s) == (12e9, 8e9)
+    assert kept.matmul_flop_per_s == {"bfloat16": 200e9, "float16": 60e9, "float32": 100e9}
+    assert kept.measured_ns == 7
+    assert machine.highest(now, None) == now
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (-5, "just now"), (59, "just now"), (60, "1 minute ago"), (3_599, "59 minutes ago"),
+        (3_600, "1 hour ago"), (86_399, "23 hours ago"), (86_400, "1 day ago"),
+        (3 * 86_400 + 5, "3 days ago"),
+    ],
+)  # fmt: skip
+def test_how_long_ago(seconds: int, said: str) -> None:
+    assert machine.ago(10**18, 10**18 + seconds * 10**9) == said
+
+
+def test_now_is_just_now() -> None:
+    assert machine.ago(time.time_ns()) == "just now"
 
 
 def test_a_cache_that_cannot_be_written(

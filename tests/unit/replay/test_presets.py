@@ -67,5 +67,15 @@ def test_the_sizes_add_up_to_the_published_parameters() -> None:
 
 def test_names_in_any_case_and_unknown_ones() -> None:
     assert preset("Mixtral-8x7B") is PRESETS["mixtral-8x7b"]
-    with pytest.raises(ReplayError, match=r"no preset 'gpt-5'.*mixtral-8x7b, olmoe"):
-        preset("gpt-5")
+    with pytest.raises(ReplayError, match=r"no preset 'xyz'\. There are: mixtral-8x7b, olmoe"):
+        preset("xyz")
+
+
+@pytest.mark.parametrize(
+    ("asked", "meant"),
+    [("OLMoE", "olmoe-1b-7b"), ("olmoe-1b7b", "olmoe-1b-7b"), ("qwen3", "qwen3-30b-a3b"),
+     ("deepseek-v2", "deepseek-v3"), ("mixtral8x7b", "mixtral-8x7b")],
+)  # fmt: skip
+def test_a_name_that_is_nearly_one(asked: str, meant: str) -> None:
+    with pytest.raises(ReplayError, match=rf"Did you mean {meant}\? There are: "):
+        preset(asked)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import time
@@ -225,6 +226,53 @@ def test_shapes_that_exceed_memory_are_refused_before_any_work(
         replay(run, Settings(**huge))
 
 
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [("model.layers.0.mlp", r"layer 0 \(model\.layers\.0\.mlp\) is,"), ("0", "layer 0 is,")],
+)
+def test_a_layer_without_sizes_is_named(path: str, said: str) -> None:
+    info = dataclasses.replace(layer_info(0), path=path)
+    with pytest.raises(ReplayError, match=f"how large an expert of {said}"):
+        settings.shape_of(info, Settings(), torch.float32)
+
+
+def test_a_name_and_a_file_are_one_too_many(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ReplayError, match=r"--name mine and --out .* give one of them"):
+        replay(run, Settings(**QUICK), name="mine", out=tmp_path / "x.parquet")
+    assert not (run / "replay").exists()
+
+
+def test_measuring_the_machine_takes_none_of_the_seconds(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = [0.0]
+    clock, ceilings_of = time.monotonic, session.machine.ceilings_of
+    monkeypatch.setattr(session.time, "monotonic", lambda: clock() + late[0])
+
+    def slow(device: torch.device) -> Any:
+        late[0] = 10_000.0
+        return ceilings_of(device)
+
+    monkeypatch.setattr(session.machine, "ceilings_of", slow)
+    found = replay(run, Settings(**{**QUICK, "forwards": 2, "seconds": 1_000.0}))
+    assert found.about["forwards"]["replayed"] == 4  # every one that was chosen
+    assert found.about["seconds"] < 1_000
+
+
+def test_a_ceiling_that_was_measured_too_low_is_found_out(
+    run: Path, cache: Path, ceilings: Any
+) -> None:
+    assert replay(run, Settings(**QUICK)).about["beaten"] == []
+    low = dataclasses.replace(ceilings, matmul_flop_per_s={"float32": 1e3})
+    with session.machine.one_thread(torch.device("cpu")):
+        session.machine.store(low, torch.device("cpu"))
+    found = replay(run, Settings(**QUICK))
+    (beaten,) = found.about["beaten"]
+    assert (beaten["what"], beaten["forwards"]) == ("matmul", len(found.rows))
+    fastest = max(row["flop"] / row["time_ns"] for row in found.rows)
+    assert beaten["by"] == pytest.approx(1e9 * fastest / 1e3)
+
+
 def test_no_place_to_write(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "measured", None)  # not reached
     (run / "replay").write_text("a file")
@@ -245,7 +293,7 @@ def test_a_read_only_folder(run: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"hidden": None}, "does not know its sizes. Give --hidden, or --preset"),
+        ({"hidden": None}, "not say how large an expert of layer 0 .* Give --hidden, or --preset"),
         ({"hidden": None, "intermediate": None}, "Give --hidden and --intermediate"),
         ({"dtype": "int8"}, "dtype is 'int8'"),
         ({"device": "abacus"}, "'abacus' is no device"),

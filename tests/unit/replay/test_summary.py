@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from moe_lens.replay.floors import STAGES
-from moe_lens.replay.summary import answers, by_layer, by_phase, differs
+from moe_lens.replay.floors import STAGES, Ceiling
+from moe_lens.replay.summary import answers, beaten, by_layer, by_phase, differs
 from moe_lens.trace.schema import REPLAY
 
 
@@ -49,6 +49,7 @@ def test_a_row_for_each_phase_and_layer() -> None:
     assert [(r["phase"], r["layer"]) for r in found] == [("b", 0), ("b", 1), ("a", 0), ("a", 1)]
     first = found[0]
     assert (first["p50_ns"], first["p90_ns"], first["p99_ns"]) == (150, 190, 199)
+    assert first["max_ns"] == 200
     assert first["over_balanced"] == pytest.approx(1.5)
     assert first["over_floor"] == pytest.approx(3)
     assert first["forwards"] == 101
@@ -57,6 +58,30 @@ def test_a_row_for_each_phase_and_layer() -> None:
     assert first["stages_ns"] is None
     assert [r["forwards"] for r in by_phase(rows)] == [101, 101]
     assert by_phase(rows)[0]["layers"] == 2
+
+
+@pytest.mark.parametrize(
+    ("forwards", "p90", "p99"),
+    [(9, False, False), (10, True, False), (99, True, False), (100, True, True)],
+)
+def test_a_percentile_takes_forwards_above_it(forwards: int, p90: bool, p99: bool) -> None:
+    (found,) = by_layer([row(s, 100.0 + s) for s in range(forwards)])
+    assert (found["p90_ns"] is not None, found["p99_ns"] is not None) == (p90, p99)
+    assert found["max_ns"] == 99 + forwards
+    assert found["p50_ns"] == 100 + (forwards - 1) / 2
+
+
+def test_ceilings_that_forwards_went_beyond() -> None:
+    # 1,000 operations and 500 bytes in 100 ns and in 50 ns.
+    rows = [row(0, 100.0), row(1, 50.0)]
+    assert beaten(rows, Ceiling(bytes_per_s=10e9, flop_per_s=20e9)) == []
+    assert beaten(rows, Ceiling(bytes_per_s=8e9, flop_per_s=16e9)) == [
+        {"what": "matmul", "forwards": 1, "by": pytest.approx(1.25)},
+        {"what": "memory", "forwards": 1, "by": pytest.approx(1.25)},
+    ]
+    (memory,) = beaten(rows, Ceiling(bytes_per_s=2e9, flop_per_s=1e12))
+    assert (memory["what"], memory["forwards"], memory["by"]) == ("memory", 2, pytest.approx(5))
+    assert beaten([row(0, 0.0)], Ceiling(1.0, 1.0)) == []
 
 
 def test_stages_that_were_measured() -> None:

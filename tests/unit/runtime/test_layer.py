@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from moe_lens.errors import RuntimeInputError
+from moe_lens.errors import RuntimeInputError, RuntimeUnavailable
 from moe_lens.runtime import backend as backends
 from moe_lens.runtime import ops, reference, weights
 from moe_lens.runtime.gemm import choice
@@ -183,6 +184,8 @@ def test_a_processor_without_bfloat16_says_so(monkeypatch):
     [
         ("cuda+triton", "cuda.triton .asked for by MOE_LENS_RUNTIME. does not run here: .* on cpu"),
         ("gpu", "no backend 'gpu' .asked for by MOE_LENS_RUNTIME.: there are auto, reference"),
+        ("triton", r"no backend 'triton' .*: did you mean cuda\+triton\? there are auto, ref"),
+        ("cuda+tirton", r"did you mean cuda\+triton\?"),
     ],
 )
 def test_an_impossible_wish_is_an_error(wish, said, monkeypatch):
@@ -203,7 +206,7 @@ def pretend_cuda(monkeypatch):
     def pretend(capability, *, triton=True, kernels=""):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
         monkeypatch.setattr(backends.gemm, "has_triton", lambda: triton)
-        monkeypatch.setattr(backends, "_missing_kernels", lambda: kernels)
+        monkeypatch.setattr(backends, "_missing_kernels", lambda _: kernels)
 
     return pretend
 
@@ -247,6 +250,55 @@ def test_grouped_mm_needs_aligned_rows(pretend_cuda):
         RuntimeInputError, match="multiple of 16 bytes, and widths are 2044 and 1024"
     ):
         backends.resolve("cuda+grouped_mm", shape(hidden=2044))
+
+
+def test_grouped_mm_needs_weights_that_begin_where_it_can_read(pretend_cuda):
+    pretend_cuda((9, 0))
+    odd = shape()._replace(aligned=False)
+    found = backends.resolve("auto", odd)
+    assert found.name == "cuda+triton"
+    assert "begin at a multiple of 16 bytes" in found.why
+    with pytest.raises(RuntimeInputError, match="begin at a multiple of 16 bytes, and one does"):
+        backends.resolve("cuda+grouped_mm", odd)
+
+
+def test_a_layer_knows_where_its_weights_begin():
+    def weights(*shape, offset):
+        return torch.zeros(offset + math.prod(shape))[offset:].view(shape)
+
+    for offset, aligned in ((0, True), (1, False), (4, True)):
+        layer = MoELayer(weights(2, 8, 4, offset=0), weights(2, 4, 4, offset=offset))
+        assert layer._shape.aligned is aligned
+        layer = MoELayer(weights(2, 8, 4, offset=offset), weights(2, 4, 4, offset=0))
+        assert layer._shape.aligned is aligned
+
+
+@pytest.mark.parametrize("fails", ["device", "driver", "package"])
+def test_auto_falls_back_where_the_kernels_cannot_be_had(fails, monkeypatch):
+    """Whatever of cuda.core, NVRTC, the driver and the device is too old or not there."""
+    from moe_lens.runtime.cuda import compiler, launch
+
+    def missing():
+        raise RuntimeUnavailable("NVRTC, which compiles the CUDA kernels, was not found")
+
+    capability = (7, 5) if fails == "device" else (9, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(
+        compiler, "nvrtc_version", missing if fails == "package" else lambda: (13, 0)
+    )
+    monkeypatch.setattr(launch, "_driver_version", lambda: 12 if fails == "driver" else 13)
+    backends._missing_kernels.cache_clear()
+    try:
+        found = backends.resolve("auto", shape())
+        with pytest.raises(RuntimeInputError) as refused:
+            backends.resolve("cuda+triton", shape())
+    finally:
+        backends._missing_kernels.cache_clear()
+    said = {"device": "8.0 or later, and this device has 7.5", "package": "NVRTC, which compiles",
+            "driver": "the NVIDIA driver is for CUDA 12"}  # fmt: skip
+    assert found.name == "reference"
+    assert said[fails] in found.why
+    assert said[fails] in str(refused.value)
 
 
 def test_grouped_mm_takes_no_more_experts_than_its_block_has_threads(pretend_cuda):
@@ -300,6 +352,22 @@ def test_free_memory_is_known_here():
 def test_sizes_below_one_are_refused(sizes):
     with pytest.raises(RuntimeInputError, match="at least 1"):
         MoELayer.random(*sizes, dtype=torch.float32, device="cpu", seed=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn, torch.complex64])
+def test_random_weights_of_another_dtype_are_refused(dtype):
+    with pytest.raises(RuntimeInputError, match=f"float16 or float64, got {dtype}$"):
+        MoELayer.random(E, D, F, dtype=dtype, device="cpu", seed=0)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gate_weights_in_float64_are_taken(backend, dtype):
+    layer = make(dtype, backend=backend)
+    x, ids, weights = batch(9, dtype)
+    assert torch.equal(layer(x, ids, weights.double()), layer(x, ids, weights))
+    parts = layer.parts(x, ids, weights.double())
+    assert torch.equal(parts["combine"](), layer(x, ids, weights))
 
 
 def test_inputs_that_do_not_fit_are_refused():

@@ -131,6 +131,37 @@ def test_rows_of_no_slot_do_not_leak(reference, poison):
 
 
 @PATHS
+def test_gate_weights_in_float64_are_taken(reference, ids):
+    plan = ops.plan(ids, E)
+    y, weights = rows(plan, D), torch.rand(ids.shape, dtype=torch.float64)
+    found = ops.combine(y, plan, weights, reference=reference)
+    assert torch.equal(found, ops.combine(y, plan, weights.float(), reference=reference))
+    # Where sums are float64, no bit of a weight is lost.
+    exact = ops.combine(y.double(), plan, weights, reference=reference)
+    lossy = ops.combine(y.double(), plan, weights.float(), reference=reference)
+    assert torch.equal(exact, lossy) == (not (ids >= 0).any())
+
+
+@pytest.mark.parametrize(
+    ("rows_dtype", "given"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64,) * 2],
+)
+def test_no_kernel_gets_gate_weights_of_more_bits_than_its_sums(rows_dtype, given, monkeypatch):
+    seen = []
+
+    class Kernels:
+        @staticmethod
+        def combine(y_SD, plan, weights_TK):
+            seen.append(weights_TK.dtype)
+            return y_SD
+
+    plan = ops.plan(torch.zeros(2, 1, dtype=torch.int32), E)
+    monkeypatch.setattr(ops, "_home", lambda *_: Kernels)
+    ops.combine(torch.zeros(2, D, dtype=rows_dtype), plan, torch.ones(2, 1).double())
+    assert seen == [given]
+
+
+@PATHS
 def test_no_tokens_give_no_rows(reference):
     ids = torch.empty(0, 2, dtype=torch.int32)
     plan = ops.plan(ids, E, reference=reference)
@@ -147,7 +178,18 @@ def test_shapes_that_do_not_fit_are_refused():
     for call, said in [
         (lambda: ops.permute(torch.zeros(3, D), plan), r"x must be \[2, hidden\]"),
         (lambda: ops.swiglu(torch.zeros(3, 5)), r"2 \* intermediate\], got \[3, 5\]"),
-        (lambda: ops.combine(torch.zeros(2, D), plan, torch.zeros(2, 2)), r"must be \[2, 1\]"),
+        (
+            lambda: ops.combine(torch.zeros(2, D), plan, torch.zeros(2, 2)),
+            r"floating point \[2, 1\] as the ids are, got torch.float32 \[2, 2\]",
+        ),
+        (
+            lambda: ops.combine(torch.zeros(2, D), plan, torch.zeros(2, 1).int()),
+            "got torch.int32",
+        ),
+        (
+            lambda: ops.combine(torch.zeros(3, D), plan, torch.zeros(2, 1)),
+            r"y must be \[2, hidden\], a row a slot, got \[3, ",
+        ),
         (
             lambda: ops.grouped_mm(torch.zeros(2, D), torch.zeros(E, F, 3), plan.ends_E),
             "do not fit",

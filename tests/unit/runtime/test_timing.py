@@ -70,12 +70,16 @@ def small(monkeypatch):
     monkeypatch.setattr(ceilings, "COPY_BYTES", {"cpu": 2**20})
     monkeypatch.setattr(ceilings, "MATRIX", {"cpu": 64})
     monkeypatch.setattr(ceilings, "REPEATS", 2)
+    monkeypatch.setattr(ceilings, "PAUSE_S", {})
+    monkeypatch.setattr(ceilings, "WIDTH", 64)
 
 
 def test_a_machine_is_measured_and_described(small):
     before = time.time_ns()
     found = ceilings.measure("cpu")
     assert 1e8 < found.copy_bytes_per_s < 1e13
+    assert 1e8 < found.read_bytes_per_s < 1e13
+    assert found.bytes_per_s == max(found.copy_bytes_per_s, found.read_bytes_per_s)
     assert set(found.matmul_flop_per_s) == {"bfloat16", "float16", "float32"}
     assert all(1e6 < rate < 1e15 for rate in found.matmul_flop_per_s.values())
     assert found.device == "cpu"
@@ -89,13 +93,41 @@ def test_a_machine_is_measured_and_described(small):
 
 
 def test_bytes_and_operations_are_counted(small, monkeypatch):
+    tries, pauses = iter([0.7, 0.5, 0.9, 0.6]), []
+
     def in_half_a_second(works, repeats, device, **_):
-        return {name: [0.5, 0.7] for name in works}
+        best = next(tries)
+        taken = {name: [best, best + 0.1] for name in works}
+        return taken | {"vector": [2 * best]}
 
     monkeypatch.setattr(ceilings, "interleaved", in_half_a_second)
+    monkeypatch.setattr(ceilings, "PAUSE_S", {"cpu": 7.0})
+    monkeypatch.setattr(time, "sleep", pauses.append)
     found = ceilings.measure("cpu")
     assert found.copy_bytes_per_s == 2 * 2**20 / 0.5  # read and written
+    assert found.read_bytes_per_s == 2**20 / 0.5  # the quicker of the two that read
     assert found.matmul_flop_per_s["float32"] == 2 * 64**3 / 0.5
+    assert pauses == [7.0] * 3
+
+
+def test_what_moves_memory_moves_as_much_as_is_counted(small):
+    made = ceilings._moves(2**18, torch.device("cpu"))
+    assert {name: work().numel() for name, work in made.items()} == {
+        "copy": 2**18 // 8,
+        "sum": 1,
+        "vector": 2**18 // (2 * 64),
+    }
+
+
+def test_clocks_are_read_while_the_device_works(smi, monkeypatch):
+    asked, done = smi("580.95.05, 1500, 3201, 1980\n"), []
+    seen = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: seen.append((len(done), len(asked))))
+    found = ceilings._under_load(lambda: done.append(1), 0.3, torch.device("cuda"))
+    assert found == ("580.95.05", {"sm": 1500.0, "memory": 3201.0, "sm_max": 1980.0})
+    assert seen == [(7, 1)]  # 2 s of work, then nvidia-smi, and only then the wait
+    assert ceilings._under_load(lambda: done.append(1), 0.3, torch.device("cpu")) == ("", {})
+    assert len(done) == 7
 
 
 @pytest.fixture

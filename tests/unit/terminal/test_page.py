@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from support.replayed import timings, write
 from support.traces import Written, layer_info, meta, segment, write_run
 
 from moe_lens.queries.session import open_trace
@@ -156,6 +157,33 @@ def test_names_with_brackets_are_not_markup(tmp_path: Path) -> None:
     text = page(tmp_path / "run[bold]1", 120)
     for part in ("run[bold]1", "[red]a", "[i]m"):
         assert part in text
+
+
+def test_replays_are_there_where_the_run_was_replayed(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run").path
+    assert "\nReplay\n" not in page(run)
+    rows = [
+        {**row, "phase": phase, "layer": n, "step": step, "time_ns": time, "again_ns": time,
+         "noise_ns": noise * time, "balanced_ns": 100.0, "floor_ns": 50.0}
+        for phase, noise in (("eval", 0.01), ("train", 0.9))
+        for n, time in ((0, 90.0), (3, 120.0))
+        for step, row in enumerate(timings(1, 2)[:2])
+    ]  # fmt: skip
+    name = "a-name-that-is-wider-than-the-page-" * 3
+    write(run, name, rows)
+    write(run, "b", rows[:2])
+    for width in (60, 80, 200):
+        text = page(run, width)
+        assert max(map(len, text.splitlines())) <= width
+        part = text[text.index("\nReplay\n") : text.index("\nCapture\n")]
+        assert name in "".join(part.split())
+        found = [line.split() for line in part.splitlines()]
+        of_name, of_b = found.index(["b"]), found[found.index(["b"]) :]
+        assert ["eval", "2", "2", "1.8–2.4×", "0.90–1.20×", "3", "(+20.0", "%)"] in found[:of_name]
+        # Its noise is larger than any difference.
+        assert ["train", "2", "2", "1.8–2.4×", "≈", "–"] in found[:of_name]
+        assert ["eval", "1", "2", "1.8×", "0.90×", "–"] in of_b
+    assert "\ntrain" not in page(run, phase="eval").split("\nReplay\n")[1]
 
 
 def test_several_runs_have_a_page_each(tmp_path: Path) -> None:

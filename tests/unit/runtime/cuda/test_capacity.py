@@ -86,25 +86,7 @@ def test_unbounded_room_changes_nothing():
     assert (placed.runner_up_TK == -1).all()
 
 
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        ({"by": "probability"}, "'probability'"),
-        ({"by": "prob"}, "needs priority_TK"),
-        ({"by": "prob", "priority_TK": torch.ones(3, 1)}, r"\[3, 2\]; got \[3, 1\]"),
-        (
-            {
-                "by": "prob",
-                "priority_TK": torch.ones(3, 2),
-                "next_ids_TM": torch.ones(3, 1).int(),
-            },
-            "needs next_priority_TM",
-        ),
-        ({"next_ids_TM": torch.ones(2, 1).int()}, "next_ids must be int32"),
-        ({"room": torch.ones(3).int()}, r"room must be \[4\]"),
-    ],
-)
-def test_what_does_not_fit_is_refused(options, says):
-    ids_TK = torch.tensor([[0, 1], [1, 2], [2, 3]], dtype=torch.int32)
-    with pytest.raises(RuntimeInputError, match=says):
-        kernels.capacity(ids_TK, 4, **{"room": 1, **options})
+def test_more_than_the_kernels_take_is_refused():
+    ids_TK = torch.zeros(3, 1, dtype=torch.int32)
+    with pytest.raises(RuntimeInputError, match="2048 experts at most, got 2049"):
+        kernels.capacity(ids_TK, 2049, 1)

@@ -141,9 +141,7 @@ def test_nothing_comes_of_nothing():
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda plan: kernels.permute(torch.zeros(3, 8), plan), r"x must be \[2, hidden\]"),
         (lambda plan: kernels.permute(torch.zeros(2, 3).byte(), plan), "rows of 3 bytes"),
-        (lambda _: kernels.swiglu(torch.zeros(3, 5)), r"\[rows, 2 \* intermediate\]"),
         (lambda _: kernels.swiglu(torch.zeros(3, 4).double()), "gate_up is torch.float64"),
         (
             lambda plan: kernels.combine(torch.zeros(4, 8).double(), plan, torch.zeros(2, 2)),
@@ -152,14 +150,6 @@ def test_nothing_comes_of_nothing():
         (
             lambda plan: kernels.combine(torch.zeros(4, 8), plan, torch.zeros(2, 2).int()),
             "got torch.int32",
-        ),
-        (
-            lambda plan: kernels.combine(torch.zeros(4, 8), plan, torch.zeros(2, 1)),
-            r"weights must be \[2, 2\]",
-        ),
-        (
-            lambda plan: kernels.combine(torch.zeros(3, 8), plan, torch.zeros(2, 2)),
-            r"y must be \[4, hidden\]",
         ),
     ],
 )
