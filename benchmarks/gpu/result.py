@@ -75,7 +75,9 @@ class Result:
         if not self.ceilings:
             return {}
         flops = self.ceilings["matmul_flop_per_s"]["bfloat16"]
-        ceiling = floors.Ceiling(self.ceilings["copy_bytes_per_s"], flops)
+        ceiling = floors.Ceiling(
+            max(self.ceilings["copy_bytes_per_s"], self.ceilings["read_bytes_per_s"]), flops
+        )
         s = of["shape"]
         shape = floors.Shape(s["experts"], s["hidden"], s["intermediate"], "bfloat16", 2)
         sizes = (of["tokens"], of["rows"], of["touched"], shape)

@@ -53,7 +53,7 @@ def rank_load(table: pd.DataFrame) -> go.Figure:
                 "cmin": -_OCTAVES,
                 "cmax": _OCTAVES,
                 "colorbar": {
-                    "title": {"text": "× even share"},
+                    "title": {"text": "× even share<br>&nbsp;"},
                     "tickvals": [float(np.log2(at)) for at, _ in _TICKS],
                     "ticktext": [word for _, word in _TICKS],
                 },

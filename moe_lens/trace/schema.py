@@ -128,8 +128,14 @@ TABLES: dict[str, Table] = {
                 _count("max_load", "largest `processed` of one expert in one forward"),
                 _key("max_load_expert", I32, "the expert that had it"),
                 _count("touched", "experts that computed something, summed over forwards"),
-                _count("dispatch_ns", "time in the dispatch all-to-all, ns", nullable=True),
-                _count("combine_ns", "time in the combine all-to-all, ns", nullable=True),
+                _count(
+                    "dispatch_ns",
+                    "time in dispatch all-to-alls, waiting included, ns",
+                    nullable=True,
+                ),
+                _count(
+                    "combine_ns", "time in combine all-to-alls, waiting included, ns", nullable=True
+                ),
             ),
             ("layer", "window"),
         ),
@@ -372,7 +378,7 @@ REPLAY = Table(
             for name, doc in _STAGES.items()
         ),
         *(
-            _ns(f"{name}_floor_ns", f"{doc}: its floor where it runs by itself")
+            _ns(f"{name}_floor_ns", f"{doc}: its floor; 0 where another stage does it too")
             for name, doc in _STAGES.items()
         ),
     ),

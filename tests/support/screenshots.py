@@ -22,7 +22,7 @@ def main(run: Path, out: Path) -> None:
     with served(run) as address, browser() as chromium:
         page = chromium.new_page(viewport={"width": WIDTH, "height": HEIGHT})
         page.set_default_timeout(90_000)
-        for view in (v for v in VIEWS if v.only_with is None):
+        for view in (v for v in VIEWS if v.only_with is None or v.only_with(str(run))):
             page.set_viewport_size({"width": WIDTH, "height": HEIGHT})
             page.goto(f"{address}/{view.path}")
             page.get_by_role("heading", name=view.title, exact=True).wait_for()

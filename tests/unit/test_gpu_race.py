@@ -82,7 +82,11 @@ def made_up(result, *events):
     """As if an H200 with round ceilings had said this."""
     made = result.Result({"shapes": ["olmoe"]}, gated=True)
     made.take({"kind": "build", "device_name": "NVIDIA H200", "versions": {"torch": "2"}})
-    rates = {"copy_bytes_per_s": 4e12, "matmul_flop_per_s": {"bfloat16": 8e14}}
+    rates = {
+        "copy_bytes_per_s": 4e12,
+        "read_bytes_per_s": 4e12,
+        "matmul_flop_per_s": {"bfloat16": 8e14},
+    }
     made.take({"kind": "ceilings", **rates, "driver": "1", "clocks_mhz": {}})
     for event in events:
         made.take(event)
