@@ -26,12 +26,10 @@ from moe_lens.replay.placement.what_if import (
     Traffic,
     balances,
     divided,
-    expert_bytes,
     traffic_of,
+    weight_bytes,
 )
 from moe_lens.trace.reader import open_run
-
-ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class Question:
             file.
         now: Where experts lie now: the same; None: in the order of their numbers, no replicas.
         layers, phase, steps: Only these of the run.
-        dtype: Of weights and of what is sent: a key of `ITEMSIZE`.
+        dtype: Of weights and of what is sent: a key of `moe_lens.metrics.stall.BYTES`.
         compare: Judge every way to place, not only the one.
         verdict: Say whether it helps.
         least_gain: A gain below is none.
@@ -140,8 +138,7 @@ def study(run: str | Path, question: Question) -> Study:
     if question.method not in METHODS:
         placements.append(plan)
     choices = choices_of(rows, later, question.tokens)
-    itemsize = ITEMSIZE[question.dtype]
-    made = [_candidate(placement, later, now, choices, itemsize) for placement in placements]
+    made = [_candidate(placement, later, now, choices, question.dtype) for placement in placements]
     verdict = _verdict(question, counts, now, together) if question.verdict else None
     return Study(counts, earlier, later, made[0], made[1:], plan, verdict)
 
@@ -185,12 +182,12 @@ def _candidate(
     later: Counts,
     now: Placement,
     choices: dict[int, Choices] | None,
-    itemsize: int,
+    dtype: str,
 ) -> Candidate:
     traffic = None
     if choices is not None:
-        traffic = traffic_of(choices, later.infos, placement, itemsize=itemsize)
-    each_L = expert_bytes(later.infos, itemsize)
+        traffic = traffic_of(choices, later.infos, placement, dtype=dtype)
+    each_L = weight_bytes(later.infos, dtype)
     fetched_RL = fetched(now, placement)
     return Candidate(
         placement=placement,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_lens.metrics.stall import BYTES, expert_bytes
 from moe_lens.replay.placement.balance import Balance, balance_of, rank_rows
 from moe_lens.replay.placement.choices import Choices
 from moe_lens.replay.placement.counts import Counts
@@ -94,7 +95,7 @@ def traffic_of(
     infos: Sequence[LayerInfo],
     placement: Placement,
     *,
-    itemsize: int = 2,
+    dtype: str = "bfloat16",
 ) -> Traffic:
     """What tokens send under a placement.
 
@@ -105,7 +106,7 @@ def traffic_of(
         choices: By layer.
         infos: The layers.
         placement: Of their experts.
-        itemsize: Bytes of an element that is sent.
+        dtype: Of an element that is sent, a key of `moe_lens.metrics.stall.BYTES`.
     """
     made = Traffic(np.zeros((placement.ranks, placement.ranks), np.int64))
     for info in infos:
@@ -116,7 +117,7 @@ def traffic_of(
         slot_TK = slots_of(of.expert_ids_TK, slots_P, info.experts, of.forward_T)
         rows = sent(slot_TK, _sources(of, placement.ranks), placement)
         width = info.dispatch_width or info.hidden_size
-        size = None if width is None else width * itemsize
+        size = None if width is None else int(width * BYTES[dtype])
         made.token_layers += len(slot_TK)
         made.rows_RR += rows.ranks_RR
         made.to_ranks.add(leaving(rows.ranks_RR), size)
@@ -134,14 +135,14 @@ def _sources(of: Choices, ranks: int) -> Ints:
     return np.concatenate([sources(int(n), ranks) for n in tokens_F])
 
 
-def expert_bytes(infos: Sequence[LayerInfo], itemsize: int) -> NDArray[np.int64] | None:
-    """Weights of one expert of each layer, bytes [L]: three matrices; None where sizes are unknown.
+def weight_bytes(infos: Sequence[LayerInfo], dtype: str) -> NDArray[np.int64] | None:
+    """Weights of one expert of each layer, bytes [L]; None where sizes are unknown.
 
     Args:
         infos: The layers.
-        itemsize: Bytes of a weight.
+        dtype: Of a weight, a key of `moe_lens.metrics.stall.BYTES`.
     """
     sizes = [(info.hidden_size, info.intermediate_size) for info in infos]
     if any(hidden is None or inner is None for hidden, inner in sizes):
         return None
-    return np.array([3 * (hidden or 0) * (inner or 0) * itemsize for hidden, inner in sizes])
+    return np.array([expert_bytes(hidden or 0, inner or 0, dtype) for hidden, inner in sizes], int)

@@ -1,0 +1,173 @@
+"""The catalogue of routing metrics: what each one is, and the function that computes it.
+
+A metric is a pure function in `balance`, `confidence`, `losses` or `capacity`. Its parameters name
+what it reads, as fields of `Evidence`; what it is stands in its decorator, once, and docs/metrics.md
+is made from that (`python -m moe_lens.metrics.page`). Functions of counts take any leading axes
+before E, so that their null is the same function on draws of a uniform router.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moe_lens.metrics.chance import Chance, of_draws
+from moe_lens.metrics.evidence import DATA, Evidence
+
+GROUPS = ("balance", "confidence", "losses", "capacity")
+
+_DRAWN = {"counts_E": "draws_RE", "counts_FE": "draws_RFE"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One metric of a layer.
+
+    Attributes:
+        name: As on the command line.
+        group: One of `GROUPS`.
+        formula: Plain text.
+        range: What it can be.
+        unit: Empty: a ratio.
+        diagnoses: What its value tells.
+        source: Paper or tool that defines it; empty: plain statistics.
+        null: What chance gives, in words.
+        function: Of fields of `Evidence`; NaN or None: there is no such number.
+        drawn: The null is the function on draws of a uniform router.
+        chance: Or else the null; None: there is none.
+    """
+
+    name: str
+    group: str
+    formula: str
+    range: str
+    unit: str
+    diagnoses: str
+    source: str
+    null: str
+    function: Callable[..., Any]
+    drawn: bool = False
+    chance: Callable[..., Chance] | None = None
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The fields of `Evidence` that its value needs."""
+        return tuple(inspect.signature(self.function).parameters)
+
+    @property
+    def level(self) -> str:
+        """Codes of the data it needs, as `LEVELS` says; C stands only by itself."""
+        codes = {DATA[name].level for name in self.reads} - {"C"}
+        return "".join(sorted(codes)) or "C"
+
+    def value(self, evidence: Evidence) -> float:
+        """Of a layer; NaN where there is no such number.
+
+        Raises:
+            KeyError: Something that it reads was not recorded: the field's name.
+        """
+        return _number(self.function(**_read(self.reads, evidence)))
+
+    def by_chance(self, evidence: Evidence) -> Chance | None:
+        """What chance gives there; None where that is not known."""
+        try:
+            if self.drawn:
+                names = {name: _DRAWN.get(name, name) for name in self.reads}
+                read = _read(tuple(names.values()), evidence)
+                return of_draws(self.function(**{n: read[d] for n, d in names.items()}))
+            if self.chance is not None:
+                return self.chance(**_read(_parameters(self.chance), evidence))
+        except KeyError:
+            return None
+        return None
+
+
+METRICS: dict[str, Metric] = {}
+"""By name; filled when the modules of metrics are imported: `metrics()`."""
+
+
+def metric(
+    *,
+    group: str,
+    formula: str,
+    range: str,
+    diagnoses: str,
+    null: str,
+    unit: str = "",
+    source: str = "",
+    drawn: bool = False,
+    chance: Callable[..., Chance] | None = None,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Put a function into the catalogue, under its own name, and leave it as it is."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        made = Metric(
+            name=function.__name__, group=group, formula=formula, range=range, unit=unit,
+            diagnoses=diagnoses, source=source, null=null, function=function, drawn=drawn,
+            chance=chance,
+        )  # fmt: skip
+        known = made.name not in METRICS and group in GROUPS
+        asked = (*made.reads, *(_parameters(chance) if chance is not None else ()))
+        assert known and all(name in DATA for name in asked), made
+        METRICS[made.name] = made
+        return function
+
+    return register
+
+
+def metrics() -> Mapping[str, Metric]:
+    """The whole catalogue, group by group."""
+    from moe_lens.metrics import balance, capacity, confidence, losses  # noqa: F401  (they register)
+
+    return {m.name: m for group in GROUPS for m in METRICS.values() if m.group == group}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A metric of a layer: its value beside chance, or what is lacking."""
+
+    metric: Metric
+    value: float
+    chance: Chance | None = None
+    lacks: str = ""
+
+    @property
+    def beyond(self) -> str:
+        """`high` or `low`: beyond what chance gives; else nothing."""
+        return "" if self.chance is None or self.lacks else self.chance.beyond(self.value)
+
+
+def measure(asked: Metric, evidence: Evidence) -> Measured:
+    """A metric of a layer."""
+    try:
+        value = asked.value(evidence)
+    except KeyError as e:
+        return Measured(asked, math.nan, lacks=evidence.reason(str(e.args[0])))
+    if math.isnan(value):
+        return Measured(asked, value, lacks=_undefined(asked, evidence))
+    return Measured(asked, value, asked.by_chance(evidence))
+
+
+def _undefined(asked: Metric, evidence: Evidence) -> str:
+    return evidence.why.get(asked.name, "a value here: the formula has none for these counts")
+
+
+def _read(names: tuple[str, ...], evidence: Evidence) -> dict[str, Any]:
+    read = {name: getattr(evidence, name) for name in names}
+    for name, value in read.items():
+        if value is None:
+            raise KeyError(name)
+    return read
+
+
+def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(np.asarray(value))

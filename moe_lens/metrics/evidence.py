@@ -1,0 +1,159 @@
+"""What is known of one layer in one phase: the arrays that the catalogue's metrics are made of.
+
+A metric's function names what it reads as its parameters; each is a field or property of `Evidence`,
+and `DATA` says which data it comes from. Nothing here reads a trace: `moe_lens.queries.evidence` does.
+
+Legend: E experts, Z zero-compute experts, V = E + Z outputs of the router, F forwards, T tokens (some,
+with rows), R draws, P capacity factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from moe_lens.metrics.chance import Floats, Ints, draws_of, draws_of_forwards
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from numpy.typing import NDArray
+
+    Bools = NDArray[np.bool_]
+    Answer = Mapping[str, float | None]
+
+LEVELS = {
+    "C": "counts and sums, of every token: always recorded",
+    "I": "expert ids of single tokens: record with tokens=1.0, or a share of the sequences",
+    "W": "gate weights of single tokens: recorded with their ids",
+    "Z": "router logits of single tokens: record with tokens=1.0 and logits=True",
+}
+"""Codes of what has to be recorded."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a field of `Evidence` is, and where it comes from."""
+
+    level: str
+    words: str
+    """What is lacking where it is not there."""
+
+
+DATA = {
+    "experts": Data("C", "the number of experts"),
+    "outputs": Data("C", "the number of experts"),
+    "top_k": Data("C", "a fixed number of choices per token"),
+    "tokens": Data("C", "tokens"),
+    "counts_E": Data("C", "choices"),
+    "counts_HE": Data("C", "two steps or more"),
+    "prob_V": Data("C", "sums of router probabilities"),
+    "gate_E": Data("C", "sums of gate weights"),
+    "layer_balance": Data("C", "choices"),
+    "router_confidence": Data("C", "sums of entropy, margin and z-loss"),
+    "dropped_tokens": Data("C", "counts of drops"),
+    "counts_FE": Data("C", "counts of single forwards (its windows hold several)"),
+    "prob_FV": Data("C", "router probabilities of single forwards"),
+    "overflowed_FE": Data("C", "a capacity"),
+    "capacity_F": Data("C", "a capacity"),
+    "tokens_F": Data("C", "counts of single forwards (its windows hold several)"),
+    "step_F": Data("C", "counts of single forwards (its windows hold several)"),
+    "rank_F": Data("C", "counts of single forwards (its windows hold several)"),
+    "computed_FE": Data("C", "counts of single forwards (its windows hold several)"),
+    "sweep": Data("C", "forwards with counts, or rows, of their own"),
+    "drops_by_position": Data("I", "per-token rows with dropped choices"),
+    "sequence_T": Data("I", "per-token rows"),
+    "chosen_TV": Data("I", "per-token rows"),
+    "weight_TV": Data("W", "per-token rows"),
+    "dropped_TV": Data("W", "per-token rows with dropped choices"),
+    "logits_TV": Data("Z", "router logits"),
+    "prob_TV": Data("Z", "router logits, and what they mean"),
+    "draws_RE": Data("C", "choices"),
+    "draws_RFE": Data("C", "counts of single forwards (its windows hold several)"),
+}  # fmt: skip
+"""Of every field and property that a metric may read."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One layer in one phase. None: not recorded, or there is no such number.
+
+    Attributes:
+        experts: E.
+        outputs: V.
+        top_k: k, where it is fixed.
+        tokens: Valid tokens behind the counts.
+        counts_E: Choices of each expert by valid tokens.
+        counts_HE: `[2, E]`: the same of the first and the second half of the steps.
+        prob_V: Mean of the router's probability, sums to 1.
+        gate_E: Sums of the gate weights with which an expert was computed.
+        layer_balance: The layer's row of the stored question; so `router_confidence` and
+            `dropped_tokens`, all tags together.
+        counts_FE: Choices in single forwards, whole steps drawn evenly over the run.
+        computed_FE: Choices of those that their expert computed.
+        overflowed_FE: Choices of those that found their expert full; null without a capacity.
+        prob_FV: Mean router probability in each.
+        tokens_F: Valid tokens of each.
+        step_F: Its step.
+        rank_F: Its rank.
+        capacity_F: Choices that an expert takes, where it is one capacity for the whole forward.
+        sweep: `capacity_factor`, `dropped_share`, as the question `capacity_sweep` says.
+        drops_by_position: `position`, `tokens`, `dropped_rate`, as `unserved_by_position` says;
+            null where nothing was dropped.
+        sequence_T: Number of each token's sequence, from 0.
+        chosen_TV: Whether the router chose the output for the token.
+        weight_TV: Gate weights, 0 where not chosen.
+        dropped_TV: Of the chosen, those that no expert computed; null where nothing was.
+        logits_TV: Rounded to bfloat16, as recorded.
+        prob_TV: What they mean: softmax, or scores divided by their sum.
+        why: For fields that are null, a better reason than `DATA` has.
+    """
+
+    experts: int
+    outputs: int
+    tokens: int
+    top_k: int | None = None
+    counts_E: Ints | None = None
+    counts_HE: Ints | None = None
+    prob_V: Floats | None = None
+    gate_E: Floats | None = None
+    layer_balance: Answer | None = None
+    router_confidence: Answer | None = None
+    dropped_tokens: Answer | None = None
+    counts_FE: Ints | None = None
+    computed_FE: Ints | None = None
+    overflowed_FE: Ints | None = None
+    prob_FV: Floats | None = None
+    tokens_F: Ints | None = None
+    step_F: Ints | None = None
+    rank_F: Ints | None = None
+    capacity_F: Ints | None = None
+    sweep: pd.DataFrame | None = None
+    drops_by_position: pd.DataFrame | None = None
+    sequence_T: Ints | None = None
+    chosen_TV: Bools | None = None
+    weight_TV: Floats | None = None
+    dropped_TV: Bools | None = None
+    logits_TV: Floats | None = None
+    prob_TV: Floats | None = None
+    why: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def draws_RE(self) -> Ints | None:
+        """Counts of a uniform router with as many tokens and choices."""
+        if self.counts_E is None or self.tokens <= 0:
+            return None
+        return draws_of(self.tokens, int(self.counts_E.sum()), self.experts)
+
+    @cached_property
+    def draws_RFE(self) -> Ints | None:
+        """The same of single forwards."""
+        if self.counts_FE is None or self.tokens_F is None:
+            return None
+        return draws_of_forwards(self.tokens_F, self.counts_FE.sum(1), self.experts)
+
+    def reason(self, name: str) -> str:
+        """What is lacking where the field is null."""
+        return self.why.get(name, DATA[name].words)

@@ -1,0 +1,244 @@
+"""Training losses as metrics: what a router would be charged, whether or not it was trained with it.
+
+The load-balancing loss is E sum f_i P_i, f_i the share of choices (sum 1), P_i the mean probability;
+without its coefficient. Uniform routing gives 1 (Megatron, DeepSeek), or k where f is summed over
+the k slots (transformers' Mixtral and OLMoE). Over several layers, transformers averages f and P
+over the layers first: another number, which hides the collapse of one layer; here each layer has its
+own.
+
+At which scope f and P are averaged before they are multiplied matters (Qiu et al., arXiv 2501.11873):
+a sequence, a micro-batch (one forward of one rank), all micro-batches of a rank in a step, all ranks
+in a step. Groups are weighed by their tokens.
+
+Legend: ... any leading axes (draws), G groups of tokens, F forwards, T tokens, E experts.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_lens.metrics.balance import Counts, cv2, shares
+from moe_lens.metrics.catalogue import metric
+from moe_lens.metrics.chance import Chance, Floats, Ints, draws_of_forwards, of_draws
+
+_SWITCH = "Switch Transformer (Fedus et al., arXiv 2101.03961), eq. 4 to 6"
+_QIU = "Qiu et al. 2025, arXiv 2501.11873"
+_NULL = (
+    "between 1 (undecided) and 1 + (1 - k/E) / mu (all probability on the choices), mu of one group; "
+    "shown is the upper end"
+)
+
+
+def balancing(counts_E: Counts, prob_E: Floats) -> Any:
+    """E sum f_i P_i over the last axis; 1 at uniform f or P.
+
+    Args:
+        counts_E: Choices, in any unit.
+        prob_E: Mean probability, or a sum of probabilities; over experts.
+    """
+    return (shares(counts_E) * shares(prob_E)).sum(-1) * np.shape(counts_E)[-1]
+
+
+def balancing_by_group(
+    counts_FE: Counts, prob_FE: Floats, tokens_F: Ints, group_F: NDArray[Any]
+) -> Any:
+    """Mean of the loss over groups of forwards, weighed by tokens; f and P are of a whole group.
+
+    Args:
+        counts_FE: `[..., F, E]`.
+        prob_FE: `[..., F, E]`: mean probability in each.
+        tokens_F: Tokens of each.
+        group_F: Which group it belongs to.
+    """
+    _, group_F = np.unique(group_F, axis=0, return_inverse=True)
+    in_GF = (group_F.ravel() == np.arange(group_F.max() + 1)[:, None]).astype(float)
+    loss_G = balancing(in_GF @ counts_FE, in_GF @ (prob_FE * tokens_F[:, None]))
+    return (loss_G * (in_GF @ tokens_F)).sum(-1) / tokens_F.sum()
+
+
+def _certain(draws_RE: Counts) -> Chance:
+    """Of a router that puts all probability on what it chooses: f = P."""
+    return _upper(of_draws(balancing(draws_RE, draws_RE)))
+
+
+def _certain_by_group(draws_RFE: Counts, tokens_F: Ints, group_F: NDArray[Any]) -> Chance:
+    certain = balancing_by_group(draws_RFE, shares(draws_RFE), tokens_F, group_F)
+    return _upper(of_draws(certain))
+
+
+def _upper(chance: Chance) -> Chance:
+    """Below, an undecided router is at 1, and a balanced one may be under it."""
+    return Chance(chance.expected, None, chance.high)
+
+
+_loss = partial(
+    metric,
+    group="losses",
+    range="about 1 to E/k; below 1 where f and P go against each other",
+    diagnoses="Imbalance that the balancing loss sees at this scope.",
+    null=_NULL,
+)
+
+
+@_loss(
+    formula="E sum f_i P_i over the whole phase (sum f = 1: uniform gives 1)",
+    source=f"{_SWITCH}; f over all k choices as Megatron-LM and DeepSeek",
+    chance=_certain,
+)
+def switch_loss(counts_E: Counts, prob_V: Floats) -> Any:
+    return balancing(counts_E, _of_experts(prob_V, counts_E))
+
+
+@_loss(
+    formula="E sum F_i P_i = k times switch_loss (sum F = k: uniform gives k)",
+    range="about k to E",
+    source="transformers, Mixtral and OLMoE; OLMoE (arXiv 2409.02060), table 6",
+    null="k times that of switch_loss",
+    chance=lambda draws_RE, top_k: _times(_certain(draws_RE), top_k),
+)
+def switch_loss_k(counts_E: Counts, prob_V: Floats, top_k: int) -> Any:
+    return top_k * switch_loss(counts_E, prob_V)
+
+
+def _sequences_by_chance(chosen_TV: Any, sequence_T: Ints, experts: int) -> Chance:
+    tokens_G = np.bincount(sequence_T)
+    counts_GE = _by_sequence(chosen_TV, sequence_T)[:, :experts].astype(np.int64)
+    draws_RGE = draws_of_forwards(tokens_G, counts_GE.sum(1), experts)
+    return _certain_by_group(draws_RGE, tokens_G, np.arange(len(tokens_G)))
+
+
+@_loss(
+    formula="mean over sequences of E sum f_i P_i, of the sequence",
+    source=f"{_QIU}; DeepSeek-V3 (arXiv 2412.19437), eq. 17 to 20",
+    chance=_sequences_by_chance,
+)
+def switch_loss_sequence(
+    chosen_TV: NDArray[np.bool_], prob_TV: Floats, sequence_T: Ints, experts: int
+) -> Any:
+    tokens_G = np.bincount(sequence_T)
+    counts_GE = _by_sequence(chosen_TV, sequence_T)[:, :experts]
+    prob_GE = _by_sequence(prob_TV, sequence_T)[:, :experts] / tokens_G[:, None]
+    return balancing_by_group(counts_GE, prob_GE, tokens_G, np.arange(len(tokens_G)))
+
+
+@_loss(
+    formula="mean over forwards of E sum f_i P_i, of the forward",
+    source=_QIU,
+    chance=lambda draws_RFE, tokens_F: _certain_by_group(
+        draws_RFE, tokens_F, np.arange(len(tokens_F))
+    ),
+)
+def switch_loss_micro(counts_FE: Counts, prob_FV: Floats, tokens_F: Ints) -> Any:
+    prob_FE = _of_experts(prob_FV, counts_FE)
+    return balancing_by_group(counts_FE, prob_FE, tokens_F, np.arange(len(tokens_F)))
+
+
+@_loss(
+    formula="mean over (step, rank) of E sum f_i P_i, of all its forwards",
+    source=_QIU,
+    chance=lambda draws_RFE, tokens_F, step_F, rank_F: _certain_by_group(
+        draws_RFE, tokens_F, np.stack([step_F, rank_F], 1)
+    ),
+)
+def switch_loss_rank(
+    counts_FE: Counts, prob_FV: Floats, tokens_F: Ints, step_F: Ints, rank_F: Ints
+) -> Any:
+    prob_FE = _of_experts(prob_FV, counts_FE)
+    return balancing_by_group(counts_FE, prob_FE, tokens_F, np.stack([step_F, rank_F], 1))
+
+
+@_loss(
+    formula="mean over steps of E sum f_i P_i, of all ranks and forwards of the step",
+    source=_QIU,
+    chance=lambda draws_RFE, tokens_F, step_F: _certain_by_group(draws_RFE, tokens_F, step_F),
+)
+def switch_loss_global(
+    counts_FE: Counts, prob_FV: Floats, tokens_F: Ints, step_F: Ints
+) -> Any:
+    prob_FE = _of_experts(prob_FV, counts_FE)
+    return balancing_by_group(counts_FE, prob_FE, tokens_F, step_F)
+
+
+def _gap_by_chance(draws_RFE: Counts, tokens_F: Ints, step_F: Ints) -> Chance:
+    certain_RFE = shares(draws_RFE)
+    each = np.arange(len(tokens_F))
+    micro, whole = (
+        balancing_by_group(draws_RFE, certain_RFE, tokens_F, group) for group in (each, step_F)
+    )
+    return _upper(of_draws(micro - whole))
+
+
+@metric(
+    group="losses",
+    formula="switch_loss_micro - switch_loss_global = E sum Cov(f_i, P_i) within a step",
+    range="0 at one forward a step; below E/k - 1",
+    diagnoses="Specialisation to what a micro-batch holds, which a loss at that scope punishes.",
+    source=_QIU,
+    null="between 0 and the same of a uniform router with all probability on its choices; shown is "
+    "the upper end",
+    chance=_gap_by_chance,
+)
+def scope_gap(counts_FE: Counts, prob_FV: Floats, tokens_F: Ints, step_F: Ints) -> Any:
+    micro = switch_loss_micro(counts_FE, prob_FV, tokens_F)
+    return micro - switch_loss_global(counts_FE, prob_FV, tokens_F, step_F)
+
+
+@metric(
+    group="losses",
+    formula="mean over tokens of (ln sum exp z)^2",
+    range="0 and up",
+    unit="nats^2",
+    diagnoses="Drift of the logits, which the balancing loss cannot see: softmax forgets a shift.",
+    source="ST-MoE (Zoph et al. 2022, arXiv 2202.08906), eq. 5",
+    null="(ln V)^2: all logits 0",
+    chance=lambda outputs: Chance(float(np.log(outputs) ** 2)),
+)
+def z_loss(router_confidence: dict[str, float | None]) -> float | None:
+    """Home: the stored question `router_confidence`."""
+    return router_confidence["zloss"]
+
+
+@metric(
+    group="losses",
+    formula="variance / mean^2 of n_i",
+    range="0 to E/k - 1",
+    diagnoses="Shazeer's load loss, on counts.",
+    source="Shazeer et al. 2017, arXiv 1701.06538, eq. 11",
+    null="(1 - k/E) / mu",
+    drawn=True,
+)
+def load_cv2(counts_E: Counts) -> Any:
+    return cv2(counts_E)
+
+
+@metric(
+    group="losses",
+    formula="variance / mean^2 of G_i, the sum of gate weights on expert i",
+    range="0 to E - 1",
+    diagnoses="Shazeer's importance loss: the gate-weighted load. It and load_cv2 can disagree.",
+    source="Shazeer et al. 2017, arXiv 1701.06538, eq. 6 to 7",
+    null="(1 - k/E) / mu with equal weights, more with unequal ones; shown is the first",
+    chance=lambda draws_RE: _upper(Chance(of_draws(cv2(draws_RE)).expected)),
+)
+def importance_cv2(gate_E: Floats) -> Any:
+    return cv2(gate_E)
+
+
+def _of_experts(prob_V: Floats, counts_E: Counts) -> Floats:
+    """P of the experts that compute, which sums to 1 in the loss."""
+    return prob_V[..., : np.shape(counts_E)[-1]]
+
+
+def _by_sequence(values_TV: NDArray[Any], sequence_T: Ints) -> Floats:
+    out = np.zeros((int(sequence_T.max()) + 1, values_TV.shape[1]))
+    np.add.at(out, sequence_T, values_TV)
+    return out
+
+
+def _times(chance: Chance, k: int) -> Chance:
+    high = None if chance.high is None else k * chance.high
+    return Chance(k * chance.expected, None, high)

@@ -1,0 +1,1 @@
+"""Replay under expert parallelism, simulated or real: docs/expert-parallel.md."""
