@@ -32,7 +32,7 @@ class Weight(StrEnum):
     bfloat16 = "bfloat16"
     float16 = "float16"
     float32 = "float32"
-    float8 = "float8"
+    fp8 = "fp8"
     int8 = "int8"
     int4 = "int4"
 

@@ -32,7 +32,7 @@ class Dtype(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
-    float8 = "float8"
+    fp8 = "fp8"
 
 
 def place(

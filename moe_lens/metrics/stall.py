@@ -5,7 +5,7 @@ from __future__ import annotations
 PCIE4_GB_PER_S = 25.0
 """What a PCIe 4 link of 16 lanes carries in practice; 31.5 GB/s is what its lanes could."""
 
-BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "float8": 1.0, "int8": 1.0, "int4": 0.5}
+BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5}
 """Bytes of a weight; scales of quantised formats are left out."""
 
 

@@ -78,6 +78,7 @@ def _summed(rows: list[Row]) -> Summary:
         "combine_ns": float(combine_F.mean()),
         "layer_ns": float(layer_F.mean()),
         "total_ns": float(layer_F.sum()),
+        "experts_ns": float(slowest_F.sum()),
         "noise_ns": math.sqrt(float((table("noise_ns").max(axis=1) ** 2).sum())),
     }
 
@@ -99,23 +100,28 @@ def _answer(rows: list[Row], phase: str, about: dict[str, Any]) -> str:
         other = of_phase(rows, baseline, phase)
         text += f" (contiguous: {other[what]:.2f})"
         if timed:
-            text += f"; {_gain(own, other)}"
+            text += f"; {_gain(own, other, about)}"
     elif timed:
         text += f"; ranks wait {own['waiting_share']:.1%} of their time".replace("%", " %")
     return f"{text} ({_count(own['forwards'], 'forward')})."
 
 
-def _gain(own: Summary, other: Summary) -> str:
-    """What a layer takes beside the same layer with experts in their order."""
+def _gain(own: Summary, other: Summary, about: dict[str, Any]) -> str:
+    """What a layer takes beside the same layer with experts in their order.
+
+    On a CPU its experts alone: an all-to-all of GPUs beside a CPU's time is no layer of anybody's.
+    """
+    on_cpu = about["device"] == "cpu"
+    time, takes = ("experts_ns", "its experts take") if on_cpu else ("total_ns", "a layer takes")
     if own["forwards"] < ENOUGH:
-        ratio = own["total_ns"] / other["total_ns"]
-        return f"a layer takes {ratio:.2f} times as long; too few to call it more or less"
-    saved = 1 - own["total_ns"] / other["total_ns"]
-    noise = math.hypot(own["noise_ns"], other["noise_ns"]) / other["total_ns"]
+        ratio = own[time] / other[time]
+        return f"{takes} {ratio:.2f} times as long; too few to call it more or less"
+    saved = 1 - own[time] / other[time]
+    noise = math.hypot(own["noise_ns"], other["noise_ns"]) / other[time]
     if abs(saved) <= noise:
-        return f"a layer takes as long, within the noise of {100 * noise:.1f} %"
+        return f"{takes} as long, within the noise of {100 * noise:.1f} %"
     word = "less" if saved > 0 else "more"
-    return f"a layer takes {100 * abs(saved):.0f} % {word} time"
+    return f"{takes} {100 * abs(saved):.0f} % {word} time"
 
 
 def _count(count: int, what: str) -> str:
