@@ -16,8 +16,8 @@ import sys
 import numpy as np
 from _common import Report, cpu_seconds, is_quick, progress, scratch, table
 
-from moe_lens.replay.placement.choices import choices_of, rows_of, together_of
-from moe_lens.replay.placement.counts import counts_of
+from moe_lens.replay.placement.choices import choices_of, together_of
+from moe_lens.replay.placement.counts import counts_of, rows_of
 from moe_lens.replay.placement.fit import Group, placed
 from moe_lens.replay.placement.methods import METHODS, place
 from moe_lens.replay.placement.what_if import balances, divided, traffic_of
@@ -68,7 +68,7 @@ def what_if(report: Report, files: RunFiles) -> None:
     def judge() -> None:
         counts = counts_of(files)
         earlier, later = divided(counts)
-        rows = rows_of(files, counts)
+        rows = rows_of(files, counts.infos)
         together = together_of(choices_of(rows, earlier), earlier)
         made = [placed(method, group, earlier, together) for method, group in WHAT_IF]
         parts["balance"] = cpu_seconds(lambda: [balances(later, plan) for plan in made])

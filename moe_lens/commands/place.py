@@ -100,6 +100,10 @@ def place(
         verdict=verdict,
         least_gain=least_gain / 100,
     )
+    if layers is not None and plan_format is not Format.moe_lens:
+        raise CommandError(
+            f"--format {plan_format.value} is a file for the whole model: leave out --layers."
+        )
     found = study(run, question)
     said = as_format(found.plan, plan_format.value, found.counts.infos)
     path = out or run / "placement" / f"{_name(found, plan_format)}.json"
@@ -121,8 +125,12 @@ def place(
 
 def _name(found: Study, plan_format: Format) -> str:
     """eplb-8-ranks-16-replicas-2-nodes, and the format if it is another's."""
+    from moe_lens.replay.placement.methods import METHODS
+
     plan = found.plan
-    words = [Path(plan.method).stem, f"{plan.ranks}-ranks"]
+    if plan.method not in METHODS:
+        return f"{Path(plan.method).stem}-again"
+    words = [plan.method, f"{plan.ranks}-ranks"]
     if plan.slots > plan.experts:
         words.append(f"{plan.slots - plan.experts}-replicas")
     if plan.nodes > 1:

@@ -26,8 +26,7 @@ def rank_slowest(table: pd.DataFrame) -> go.Figure:
     made = figure(
         f"{shown(means.index[0])}: {decimal(float(means.iloc[0]))} times an even share"
         + "".join(f"; {shown(name)}: {decimal(float(n))}" for name, n in means.iloc[1:2].items()),
-        "Rows of the slowest rank of each layer, all layers together; forwards that no plan was "
-        "fitted to",
+        "Rows of the slowest rank of each layer, all layers together",
     )
     for placement, rows in table.groupby("placement", sort=False):
         line(made, rows["step"], numbers(rows, "slowest"), shown(placement), ".3~f")

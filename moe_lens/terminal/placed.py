@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from rich.console import Console, RenderableType
 from rich.padding import Padding
 from rich.text import Text
@@ -39,6 +41,11 @@ def print_study(
         if by_layer:
             print_plain(console, "", Padding.indent(_by_layer(every, study, phase), _INDENT))
     even = f"{1 / plan.ranks:.1%}".replace("%", " %")
+    chance = ", ".join(
+        f"{phase} {balance.by_chance:.3f}"
+        for phase, balance in study.now.balance.items()
+        if not math.isnan(balance.by_chance)
+    )
     print_plain(
         console,
         Padding.indent(
@@ -47,6 +54,7 @@ def print_study(
                 "the layers' means over the layers' maxima, as vLLM prints it; slowest: share of a "
                 f"forward's rows on the slowest ranks, layer by layer (even: {even}), "
                 "percentiles over forwards."
+                + (f" max/mean of a fair router, by chance alone: {chance}." if chance else "")
             ),
             _INDENT,
         ),
@@ -69,14 +77,7 @@ def _what(study: Study) -> str:
     text += f" of {plan.nodes} nodes" if plan.nodes > 1 else ""
     if plan.slots > plan.experts:
         text += f", {plan.slots - plan.experts} replicas a layer"
-    fitted, judged = len(study.fitted_to.forwards), len(study.judged_by.forwards)
-    if set(study.fitted_to.forwards) & set(study.judged_by.forwards):
-        text += (
-            f"; {count(fitted)} forwards: too few to keep some apart, so plans are judged by the "
-            "forwards they were fitted to, which flatters them"
-        )
-    else:
-        text += f"; fitted to {count(fitted)} forwards, judged by the {count(judged)} after them"
+    text += f"; {study.fitted_how}"
     looked = len(counts.forwards)
     if looked < counts.recorded - counts.uncounted:
         text += f"; {count(looked)} of {count(counts.recorded)} forwards, evenly spread"

@@ -149,13 +149,9 @@ def _name(made: Study, of: Candidate) -> str:
 
 def _about(made: Study) -> str:
     counts, plan = made.counts, made.plan
-    fitted, judged = len(made.fitted_to.forwards), len(made.judged_by.forwards)
     text = f"{counts.experts} experts of {len(counts.layers)} layers on {plan.ranks} ranks"
     text += f" of {plan.nodes} nodes" if plan.nodes > 1 else ""
-    if set(made.fitted_to.forwards) & set(made.judged_by.forwards):
-        text += f". Fitted to {count(fitted)} forwards and judged by the same: that flatters."
-    else:
-        text += f". Fitted to {count(fitted)} forwards, judged by the {count(judged)} after them."
+    text += f"; {made.fitted_how}."
     if counts.uncounted:
         text += f" {count(counts.uncounted)} forwards without counts of their own are left out."
     return text

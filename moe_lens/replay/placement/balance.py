@@ -52,12 +52,14 @@ class Balance:
         summed: Mean over forwards of the sum over layers of mean, divided by that of max: vLLM's
             balancedness. 1: even; layers weigh by their rows.
         critical: Sum of max over sum of mean, over everything: the work of the slowest ranks beside
-            an even share. What a gain of a placement is counted in.
+            an even share.
         slowest_p50, slowest_p95, slowest_p99: Share of a forward's rows that its slowest ranks have
             (in each layer the slowest), percentiles over forwards. 1 / R: even.
         by_layer: max / mean of each layer, mean over forwards; NaN where nothing was computed.
+        by_chance: max_over_mean of a fair router, from sampling alone; NaN where top-k is unknown.
         hottest: Share of the forwards in which the slowest rank of a layer was the one that it
-            most often is: the same rank always (1), or ever another; mean over layers.
+            most often is, mean over layers: 1 if it is always the same rank; by chance a little
+            above 1 / R over many forwards, and 1 over a single one.
     """
 
     forwards: int
@@ -70,11 +72,17 @@ class Balance:
     slowest_p95: float
     slowest_p99: float
     by_layer: list[float]
+    by_chance: float
     hottest: float
 
 
-def balance_of(rows_FLR: NDArray[np.int64]) -> Balance:
+def balance_of(rows_FLR: NDArray[np.int64], experts: int = 0, top_k: int | None = None) -> Balance:
     """Judge loads of ranks [F, L, R].
+
+    Args:
+        rows_FLR: Rows of each rank.
+        experts: E, for what chance gives.
+        top_k: Choices of a token, for the same; None: not known.
 
     Raises:
         ReplayError: All of them are 0.
@@ -103,8 +111,22 @@ def balance_of(rows_FLR: NDArray[np.int64]) -> Balance:
             float(of[ran].mean()) if ran.any() else float("nan")
             for of, ran in zip(ratio_FL.T, ran_FL.T, strict=True)
         ],
+        by_chance=_by_chance(rows_FLR.sum(2)[ran_FL], rows_FLR.shape[2], experts, top_k),
         hottest=_persistence(rows_FLR, ran_FL),
     )
+
+
+def _by_chance(rows_N: NDArray[np.int64], ranks: int, experts: int, top_k: int | None) -> float:
+    """Expected max / mean of ranks of equally many experts, all of which are chosen alike.
+
+    A token's k distinct choices fall on a rank hypergeometrically; many tokens make that normal.
+    """
+    if top_k is None or experts < 2:
+        return float("nan")
+    normals = np.random.default_rng(0).standard_normal((4096, ranks))
+    highest = float(normals.max(1).mean())  # expected maximum of R standard normals
+    spread_N = np.sqrt((experts - top_k) / (experts - 1) * ranks / rows_N)
+    return float(1 + highest * spread_N.mean())
 
 
 def _persistence(rows_FLR: NDArray[np.int64], ran_FL: NDArray[np.bool_]) -> float:

@@ -12,12 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_lens.errors import ReplayError
 from moe_lens.replay.choose import Forward
-from moe_lens.replay.index import Index, index_of
+from moe_lens.replay.index import Index
 from moe_lens.replay.placement.counts import Counts, rank_forwards
 from moe_lens.replay.routing import Ids, Routed, read
-from moe_lens.trace.reader import RunFiles
 
 TOKENS = 20_000
 """Tokens of each layer that are looked at, of forwards evenly spread, if nobody says."""
@@ -40,25 +38,13 @@ class Choices:
     rank_T: Ints
 
 
-def rows_of(files: RunFiles, counts: Counts) -> Index | None:
-    """What rows per token the run has of these layers; None: none.
-
-    Raises:
-        TraceError: A segment cannot be read.
-    """
-    try:
-        return index_of(files, layers=frozenset(counts.layers))
-    except ReplayError:  # nothing to replay
-        return None
-
-
 def choices_of(
     index: Index | None, counts: Counts, tokens: int = TOKENS
 ) -> dict[int, Choices] | None:
     """Choices by layer; None where these forwards have no rows per token.
 
     Args:
-        index: Of `rows_of`.
+        index: Of `counts.rows_of`.
         counts: Of the forwards that may be looked at.
         tokens: At most about so many of each layer, of forwards evenly spread.
 

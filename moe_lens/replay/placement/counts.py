@@ -94,16 +94,16 @@ def counts_of(
         layers: Only these; otherwise all of the main stream.
         phase: Only this one.
         steps: Only these.
-        most: At most so many forwards, evenly spread; None: all.
+        most: At most so many forwards, of each phase its share, evenly spread; None: all.
 
     Raises:
         ReplayError: No such layer or phase, layers that no placement serves alike, or no counts.
         TraceError: A segment cannot be read.
     """
     infos = placed_layers(files, layers)
-    own, windows, shared = _forwards(files, phase, steps)
-    index = _index(files, infos, phase, steps) if shared else None
-    whole = set() if index is None else _whole(index) & shared
+    own, windows, shared, ran = _forwards(files, phase, steps)
+    index = rows_of(files, infos, phase, steps) if shared else None
+    whole = set() if index is None else _whole(index, ran) & shared
     keys = _spread(sorted(own | whole), most)
     if not keys:
         raise ReplayError(_nothing(files, len(shared), phase, steps))
@@ -147,24 +147,30 @@ def _list(layers: list[int]) -> str:
 Windows = dict[int, dict[int, Key]]
 """By rank: the forward that is all of a window."""
 
+Ran = dict[Key, set[int]]
+"""By forward: the ranks that had tokens in it."""
+
 
 def _forwards(
     files: RunFiles, phase: str | None, steps: range | None
-) -> tuple[set[Key], Windows, set[Key]]:
-    """Forwards that have counts of their own, their windows, and forwards that share a window.
+) -> tuple[set[Key], Windows, set[Key], Ran]:
+    """Forwards that have counts of their own, their windows, those that share one, and their ranks.
 
     A forward that shares one on any rank counts as shared.
     """
     windows: Windows = {}
     own: set[Key] = set()
     shared: set[Key] = set()
+    ran: Ran = {}
     for rank in tables.ranks(files):
-        names = ("step", "forward", "phase", "window")
+        names = ("step", "forward", "phase", "window", "tokens")
         found = tables.rows(files, "steps", rank, names, _only(phase, steps))
         in_window: dict[int, list[Key]] = {}
         columns = (found[name].to_pylist() for name in names)
-        for step, forward, of_phase, window in zip(*columns, strict=True):
+        for step, forward, of_phase, window, tokens in zip(*columns, strict=True):
             in_window.setdefault(window, []).append((step, forward, of_phase))
+            if tokens:
+                ran.setdefault((step, forward, of_phase), set()).add(rank)
         # A window whose other forwards the filter left out is shared all the same.
         several = _several(files, rank)
         windows[rank] = {}
@@ -177,7 +183,7 @@ def _forwards(
     for of_rank in windows.values():
         for window in [w for w, key in of_rank.items() if key in shared]:
             del of_rank[window]
-    return own - shared, windows, shared
+    return own - shared, windows, shared, ran
 
 
 def _several(files: RunFiles, rank: int) -> set[int]:
@@ -194,23 +200,36 @@ def _only(phase: str | None, steps: range | None) -> pc.Expression | None:
     return only
 
 
-def _index(
-    files: RunFiles, infos: list[LayerInfo], phase: str | None, steps: range | None
+def rows_of(
+    files: RunFiles,
+    infos: list[LayerInfo],
+    phase: str | None = None,
+    steps: range | None = None,
 ) -> Index | None:
-    """What rows per token there are, if any."""
+    """What rows per token the run has of these layers; None: none.
+
+    Raises:
+        TraceError: A segment cannot be read.
+    """
     layers = frozenset(info.layer for info in infos)
     try:
         return index_of(files, layers=layers, phase=phase, steps=steps)
-    except ReplayError:  # none: the counts may do without
+    except ReplayError:  # nothing to replay: the counts may do without
         return None
 
 
-def _whole(index: Index) -> set[Key]:
+def _whole(index: Index, ran: Ran) -> set[Key]:
     """Forwards of which every layer and every rank has the rows of all tokens."""
-    grouped = index.sites.group_by(["step", "forward", "phase"]).aggregate([("whole", "all")])
-    kept = grouped.filter(grouped["whole_all"])
-    columns = (kept[name].to_pylist() for name in ("step", "forward", "phase"))
-    return set(zip(*columns, strict=True))
+    names = ("step", "forward", "phase", "whole_all", "rank_count_distinct")
+    sums = [("whole", "all"), ("rank", "count_distinct")]
+    found = index.sites.group_by(names[:3]).aggregate(sums)
+    holders = {rank for rank, _ in index.infos}  # the others have none of these layers
+    kept = set()
+    for *key, whole, ranks in zip(*(found[name].to_pylist() for name in names), strict=True):
+        step, forward, phase = key
+        if whole and ranks >= len(ran.get((step, forward, phase), set()) & holders):
+            kept.add((step, forward, phase))
+    return kept
 
 
 def _add_rows(
@@ -245,10 +264,18 @@ def rank_forwards(index: Index, keys: set[Key]) -> list[Forward]:
 
 
 def _spread(keys: list[Key], most: int | None) -> list[Key]:
-    """At most so many, evenly apart, in their order."""
+    """At most so many, of each phase its share (and one), evenly apart, in their order.
+
+    Phases take turns in a run: every fourth forward of it may be of one phase.
+    """
     if most is None or len(keys) <= most:
         return keys
-    return [keys[(2 * i + 1) * len(keys) // (2 * most)] for i in range(most)]
+    kept: list[Key] = []
+    for phase in {key[2] for key in keys}:
+        of = [key for key in keys if key[2] == phase]
+        n = max(1, most * len(of) // len(keys))
+        kept += [of[(2 * i + 1) * len(of) // (2 * n)] for i in range(n)]
+    return sorted(kept)
 
 
 def _add_windows(

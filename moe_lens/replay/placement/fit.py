@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_lens.errors import ReplayError
-from moe_lens.replay.placement.choices import choices_of, rows_of, together_of
-from moe_lens.replay.placement.counts import Counts, counts_of
+from moe_lens.replay.placement.choices import choices_of, together_of
+from moe_lens.replay.placement.counts import Counts, counts_of, rows_of
 from moe_lens.replay.placement.methods import METHODS, place
 from moe_lens.replay.placement.plan import Placement, read_plan
 from moe_lens.trace.reader import RunFiles
@@ -57,7 +57,7 @@ def fitted(
         return _given(method, group, counts)
     together = None
     if method == "affinity":
-        together = together_of(choices_of(rows_of(files, counts), counts), counts)
+        together = together_of(choices_of(rows_of(files, counts.infos), counts), counts)
     return placed(method, group, counts, together)
 
 
@@ -87,6 +87,8 @@ def _given(name: str, group: Group, counts: Counts) -> Placement:
     plan = read_plan(path)
     if plan.ranks != group.ranks:
         raise ReplayError(f"{path} is a plan for {plan.ranks} ranks, not for {group.ranks}.")
-    for layer in counts.layers:
-        plan.of_layer(layer, counts.experts)
-    return plan
+    if group.nodes not in (1, plan.nodes):
+        raise ReplayError(f"{path} is a plan for {plan.nodes} nodes, not for {group.nodes}.")
+    # A plan may have more layers than are looked at, in any order.
+    slots_LP = np.stack([plan.of_layer(layer, counts.experts) for layer in counts.layers])
+    return dataclasses.replace(plan, layers=counts.layers, slots_LP=slots_LP)

@@ -57,7 +57,7 @@ def place(
     elif method == "lpt":
         slots_LP = _by_load(weights_LE, slots, 1, 1, ranks)
     elif method == "eplb":
-        whole = (groups or 1) % nodes == 0 and experts % (groups or 1) == 0 and slots % nodes == 0
+        whole = (groups or 1) % nodes == 0 and experts % (groups or 1) == 0
         sizes = (groups or 1, nodes) if whole else (1, 1)
         slots_LP = _by_load(weights_LE, slots, *sizes, ranks)
     elif method == "affinity":

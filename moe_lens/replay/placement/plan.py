@@ -52,6 +52,8 @@ class Placement:
             raise ReplayError(
                 f"a placement of {len(self.layers)} layers has {len(self.slots_LP)} rows of slots."
             )
+        if len(set(self.layers)) < len(self.layers):
+            raise ReplayError(f"a placement has each layer once, got layers {self.layers}.")
         for layer, slots_P in zip(self.layers, self.slots_LP, strict=True):
             if slots_P.min() < 0 or slots_P.max() >= self.experts:
                 wrong = int(slots_P.min() if slots_P.min() < 0 else slots_P.max())

@@ -14,10 +14,9 @@ from moe_lens.replay.placement.choices import (
     TOKENS,
     Choices,
     choices_of,
-    rows_of,
     together_of,
 )
-from moe_lens.replay.placement.counts import MOST, Counts, counts_of
+from moe_lens.replay.placement.counts import MOST, Counts, counts_of, rows_of
 from moe_lens.replay.placement.fit import Group, fitted, placed
 from moe_lens.replay.placement.methods import METHODS
 from moe_lens.replay.placement.plan import Placement
@@ -29,7 +28,7 @@ from moe_lens.replay.placement.what_if import (
     traffic_of,
     weight_bytes,
 )
-from moe_lens.trace.reader import open_run
+from moe_lens.trace.reader import RunFiles, open_run
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,8 @@ class Question:
         group: Ranks, replicas, nodes.
         method: The way to place that is to be judged and written: one of `METHODS`, or a plan's
             file.
-        now: Where experts lie now: the same; None: in the order of their numbers, no replicas.
+        now: The file of a plan: where experts lie now; None: in the order of their numbers, no
+            replicas.
         layers, phase, steps: Only these of the run.
         dtype: Of weights and of what is sent: a key of `moe_lens.metrics.stall.BYTES`.
         compare: Judge every way to place, not only the one.
@@ -107,8 +107,29 @@ class Study:
     verdict: Verdict | None
 
     def of(self, method: str) -> Candidate:
-        """The candidate of a method."""
+        """The candidate of a method, or of a plan by the name of its file."""
         return next(c for c in self.candidates if c.placement.method == method)
+
+    @property
+    def in_sample(self) -> list[str]:
+        """Phases of so few forwards that they are judged by those they were fitted to."""
+        both = set(self.fitted_to.forwards) & set(self.judged_by.forwards)
+        return [phase for phase in self.judged_by.phases if any(key[2] == phase for key in both)]
+
+    @property
+    def fitted_how(self) -> str:
+        """What plans were fitted to and judged by, in words."""
+        judged = set(self.judged_by.forwards)
+        apart = [key for key in self.fitted_to.forwards if key not in judged]
+        text = []
+        if apart:
+            later = len(judged - set(self.fitted_to.forwards))
+            text.append(f"fitted to {len(apart):,} forwards, judged by the {later:,} after them")
+        if self.in_sample:
+            few = ", ".join(self.in_sample)
+            text.append(f"{few} has too few forwards to keep some apart, and is judged by those")
+            text[-1] += " that plans were fitted to, which flatters them"
+        return "; ".join(text)
 
 
 def study(run: str | Path, question: Question) -> Study:
@@ -127,15 +148,18 @@ def study(run: str | Path, question: Question) -> Study:
         most=question.forwards,
     )
     earlier, later = divided(counts)
-    now = fitted(files, question.now or "contiguous", _group_now(question, counts), counts)
-    rows = rows_of(files, counts)
+    now = _now(files, question, counts)
+    rows = rows_of(files, counts.infos)
     together = together_of(choices_of(rows, earlier, question.tokens), earlier)
     judged = [m for m in METHODS if _wants(question, m)]
     if together is None and question.method != "affinity":
         judged = [m for m in judged if m != "affinity"]
     placements = [now, *(placed(m, question.group, earlier, together) for m in judged)]
-    plan = fitted(files, question.method, question.group, counts)
-    if question.method not in METHODS:
+    if question.method in METHODS:
+        rows_of_all = choices_of(rows, counts, question.tokens)
+        plan = placed(question.method, question.group, counts, together_of(rows_of_all, counts))
+    else:
+        plan = fitted(files, question.method, question.group, counts)
         placements.append(plan)
     choices = choices_of(rows, later, question.tokens)
     made = [_candidate(placement, later, now, choices, question.dtype) for placement in placements]
@@ -169,12 +193,18 @@ def _verdict(
     )
 
 
-def _group_now(question: Question, counts: Counts) -> Group:
-    """Ranks as asked; no replicas where experts divide without."""
+def _now(files: RunFiles, question: Question, counts: Counts) -> Placement:
+    """Where experts lie: no replicas, where they divide without."""
     group = question.group
-    if question.now is None and counts.experts % group.ranks == 0:
-        return Group(group.ranks, 0, group.nodes)
-    return group
+    if question.now is None:
+        replicas = 0 if counts.experts % group.ranks == 0 else group.replicas
+        return placed("contiguous", Group(group.ranks, replicas, group.nodes), counts)
+    if question.now in METHODS:
+        raise ReplayError(
+            f"where experts lie now is a plan's file, not {question.now!r}: what is fitted to the "
+            "run lies nowhere yet."
+        )
+    return fitted(files, question.now, group, counts)
 
 
 def _candidate(

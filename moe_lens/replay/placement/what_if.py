@@ -86,7 +86,9 @@ def balances(counts: Counts, placement: Placement) -> dict[str, Balance]:
     for phase in counts.phases:
         rows_FLR = rank_rows(counts.of_phase(phase), placement)
         if rows_FLR.any():
-            found[phase] = balance_of(rows_FLR)
+            top_ks = {info.top_k for info in counts.infos}
+            top_k = top_ks.pop() if len(top_ks) == 1 else None
+            found[phase] = balance_of(rows_FLR, counts.experts, top_k)
     return found
 
 

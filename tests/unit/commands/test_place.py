@@ -96,6 +96,7 @@ def test_the_files_of_engines(place: Any, run: Path, name: str) -> None:
         (("--ranks", "4", "--phase", "decode"), 1, "no forwards of phase 'decode'"),
         (("--ranks", "4", "--steps", "x"), 2, "100-199"),
         (("--ranks", "4", "--out", "."), 2, "is a folder"),
+        (("--ranks", "4", "--layers", "0", "--format", "sglang"), 2, "the whole model"),
     ],
 )
 def test_mistakes(place: Any, run: Path, options: tuple[str, ...], code: int, says: str) -> None:
@@ -116,5 +117,5 @@ def test_a_plan_for_other_ranks_or_another_model(place: Any, run: Path, tmp_path
 def test_three_forwards_are_not_enough_evidence(place: Any, tmp_path: Path) -> None:
     synthetic.generate(tmp_path / "run", synthetic.Spec(steps=3, rows=False))
     printed = place(tmp_path / "run", "--ranks", "4", "--verdict").stdout
-    assert "too few to keep some apart" in printed.replace("\n  ", " ")
+    assert "train has too few forwards to keep some apart" in printed.replace("\n  ", " ")
     assert "eplb: not enough evidence. 3 forwards are too few" in printed

@@ -19,7 +19,7 @@ def test_what_it_shows_is_what_a_loop_counts(opened: Any, tmp_path: Path) -> Non
     app = turned(opened(tmp_path / "run"), "placement")
     assert not app.exception
     said = texts(app)
-    assert "64 experts of 2 layers on 8 ranks. Fitted to 32 forwards, judged by the 32" in said
+    assert "64 experts of 2 layers on 8 ranks; fitted to 32 forwards, judged by the 32" in said
     assert "helps" in app.success[0].value
     ratios = [
         max(ranks) / (sum(ranks) / 8)
@@ -40,7 +40,7 @@ def test_few_forwards_and_a_filter(opened: Any, tmp_path: Path) -> None:
     app = turned(opened(tmp_path / "run", first_layer="1", last_layer="1"), "placement")
     assert not app.exception
     said = texts(app)
-    assert "16 experts of 1 layers on 8 ranks. Fitted to 3 forwards and judged by the same" in said
+    assert "on 8 ranks; train has too few forwards to keep some apart" in said
     assert "3 forwards are too few" in said
 
 

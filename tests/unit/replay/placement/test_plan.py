@@ -46,6 +46,9 @@ def test_choices_go_to_replicas_in_turn_and_counts_know_it(
     ids_TK = random.integers(-1, experts, (tokens, top_k)).astype(np.int32)
     slot_TK = slots_of(ids_TK, slots_P.astype(np.int32), experts)
     assert slot_TK.tolist() == naive_slots(ids_TK, slots_P)
+    twice_T = np.repeat([0, 1], tokens)  # in another forward turns begin anew
+    both = slots_of(np.tile(ids_TK, (2, 1)), slots_P.astype(np.int32), experts, twice_T)
+    assert both.tolist() == 2 * slot_TK.tolist()
     rows_E = np.bincount(ids_TK[ids_TK >= 0], minlength=experts)
     plan = Placement("x", len(slots_P), 1, experts, (0,), slots_P[None].astype(np.int32))
     rows_R = rank_rows(counted(rows_E[None, None]), plan)[0, 0]  # a rank for each slot
@@ -72,6 +75,7 @@ def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
         ({"layers": [{"layer": 0, "slots": [0, 1, 2, 3, 2]}]}, "5 slots"),
         ({"layers": [{"layer": 0, "slots": [0, 1, 2, 3, 2, 4]}]}, "expert 4"),
         ({"layers": [{"layer": 0, "slots": [0, 1, 2, 2, 2, 0]}]}, "no slot for expert 3"),
+        ({"layers": 2 * [{"layer": 0, "slots": [0, 1, 2, 3, 2, 0]}]}, "each layer once"),
         ({"ranks": 4}, "6 slots"),
         ({"ranks": "two"}, "not a placement"),
         ({"nodes": 0}, "nodes"),

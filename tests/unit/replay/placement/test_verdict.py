@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+import statistics
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +18,8 @@ from moe_lens.trace import synthetic
 from tests.support.placements import counted
 
 GROUP = Group(8, 16)
+ALONE = Group(8)
+"""No replicas: which of equally likely experts are doubled does gain a little."""
 FORWARDS = {"stationary": 128, "drifting": 512, "bursty": 256, "balanced": 128}
 """Where popularity moves, a window must hold enough of it to say so."""
 
@@ -41,7 +45,7 @@ def oracle(kind: str) -> str:
 def test_it_says_what_an_oracle_would(kind: str, method: str, seed: int) -> None:
     counts = counts_of(kind, seed)
     now = placed("contiguous", Group(8), counts)
-    of = verdict_of(counts, method, GROUP, now)
+    of = verdict_of(counts, method, ALONE, now)
     assert of.says == oracle(kind), of.why
     assert of.low < of.gain < of.high
 
@@ -83,6 +87,9 @@ def test_the_interval_decides_near_the_bound() -> None:
     now = placed("contiguous", Group(8), counts)
     of = verdict_of(counts, "eplb", GROUP, now)
     assert of.low > 0.05
+    assert len(of.gains) == 15
+    half = 1.761 * statistics.stdev(of.gains) / math.sqrt(15)  # t of 14 degrees of freedom
+    assert (of.low, of.high) == pytest.approx((of.gain - half, of.gain + half))
     assert verdict_of(counts, "eplb", GROUP, now, least_gain=of.gain).says == "not enough evidence"
     above = (of.high + 1) / 2
     assert verdict_of(counts, "eplb", GROUP, now, least_gain=above).says == "does not help"

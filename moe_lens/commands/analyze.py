@@ -1,0 +1,142 @@
+"""`moe-lens analyze`: the catalogue of routing metrics, each beside what chance gives."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moe_lens.commands.arguments import Layers, Phase, Run, SkipDamaged, numbers
+from moe_lens.commands.interrupt import ends_at_once
+from moe_lens.errors import CommandError
+from moe_lens.numbers import finite
+
+if TYPE_CHECKING:
+    from moe_lens.metrics.catalogue import Measured, Metric
+    from moe_lens.queries.info import RunInfo
+    from moe_lens.queries.session import Trace
+
+
+def analyze(
+    run: Run,
+    only: Annotated[
+        str | None,
+        typer.Option(help="Only these metrics or groups, as balance,z_loss.", metavar="NAME,..."),
+    ] = None,
+    phase: Phase = None,
+    layers: Layers = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not tables.")] = False,
+    skip_damaged: SkipDamaged = False,
+) -> None:
+    """Routing metrics of each layer, beside what a router that draws uniformly would show.
+
+    Balance, confidence, losses and capacity. Marks what chance does not explain, and says which
+    metrics could not be computed and what would have to be recorded. docs/metrics.md defines them.
+
+    \b
+    Examples:
+      moe-lens analyze traces/run1
+      moe-lens analyze traces/run1 --only balance --phase eval
+      moe-lens analyze traces/run1 --only max_vio,z_loss --layers 0-3 --json
+    """  # noqa: D301  (\b keeps the lines as they are)
+    chosen = None if layers is None else frozenset(numbers(layers, "--layers"))
+    asked = _asked(only)
+
+    from moe_lens.queries.evidence import one_run
+    from moe_lens.queries.session import open_trace
+
+    with ends_at_once(), open_trace(run, skip_damaged=skip_damaged) as trace:
+        info = one_run(trace)
+        _check(info, phase, chosen)
+        said = [
+            _phase(trace, info, each, chosen, asked)
+            for each in ([phase] if phase is not None else info.phases)
+        ]
+    if as_json:
+        typer.echo(json.dumps(finite(said), ensure_ascii=False, indent=1))
+        return
+    from rich.console import Console
+
+    from moe_lens.terminal.analyzed import print_phase
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 100
+    for each in said:
+        print_phase(console, each)
+
+
+def _asked(only: str | None) -> list[Metric]:
+    from moe_lens.metrics.catalogue import GROUPS, metrics
+
+    known = metrics()
+    if only is None:
+        return list(known.values())
+    names = [name.strip() for name in only.split(",")]
+    for name in names:
+        if name not in known and name not in GROUPS:
+            near = difflib.get_close_matches(name, [*known, *GROUPS], 1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise CommandError(
+                f"There is no metric {name!r}.{hint} Groups: {', '.join(GROUPS)}; metrics: "
+                f"{', '.join(known)}."
+            )
+    return [m for m in known.values() if m.name in names or m.group in names]
+
+
+def _check(info: RunInfo, phase: str | None, layers: frozenset[int] | None) -> None:
+    if phase is not None and phase not in info.phases:
+        raise CommandError(f"There is no phase {phase!r}. Phases: {', '.join(info.phases)}.")
+    known = sorted(x.layer for x in info.layers)
+    missing = sorted((layers or frozenset()) - set(known))
+    if missing:
+        raise CommandError(
+            f"There is no layer {missing[0]}. MoE layers: {', '.join(map(str, known))}."
+        )
+
+
+def _phase(
+    trace: Trace,
+    info: RunInfo,
+    phase: str,
+    layers: frozenset[int] | None,
+    asked: list[Metric],
+) -> dict[str, Any]:
+    from moe_lens.metrics.catalogue import measure
+    from moe_lens.metrics.catalogued import lacking, sentence
+    from moe_lens.queries.evidence import evidence
+
+    rows = []
+    for layer in info.layers:
+        if layers is None or layer.layer in layers:
+            # One layer's arrays at a time.
+            known = evidence(trace, info, layer, phase, asked)
+            found = [measure(each, known) for each in asked]
+            rows.append(
+                {
+                    "layer": layer.layer,
+                    "experts": layer.experts,
+                    "top_k": layer.top_k,
+                    "router": layer.router,
+                    "metrics": {x.metric.name: _said(x) for x in found},
+                }
+            )
+    catalogue = [
+        {"name": m.name, "group": m.group, "unit": m.unit, "level": m.level} for m in asked
+    ]
+    said = {"phase": phase, "catalogue": catalogue, "layers": rows}
+    return {"answer": sentence(said), **said, "lacking": lacking(said)}
+
+
+def _said(found: Measured) -> dict[str, Any]:
+    chance = found.chance
+    return {
+        "value": found.value,
+        "chance": None if chance is None else chance.expected,
+        "chance_low": None if chance is None else chance.low,
+        "chance_high": None if chance is None else chance.high,
+        "beyond": found.beyond,
+        "lacks": found.lacks,
+    }
