@@ -16,7 +16,7 @@ BENCHMARKS = $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
 # The browser is only for the browser tests.
 BROWSER := $(if $(wildcard tests/browser/test_*.py),chromium)
 
-.PHONY: help install frameworks chromium demo dashboard screenshots test test-frameworks lint format bench models clean
+.PHONY: help install frameworks chromium demo dashboard screenshots test test-frameworks lint format bench models docs-metrics clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -88,6 +88,9 @@ bench: install chromium  ## run every benchmark; each exits non-zero when it mis
 
 models: install  ## prove every architecture of transformers once more, write docs/supported-models.md
 	PYTHONPATH=tests $(BIN)/python -m support.zoo.table
+
+docs-metrics: install  ## write docs/metrics.md from the catalogue
+	$(BIN)/python -m moe_lens.metrics.page > docs/metrics.md
 
 clean:  ## remove caches and builds; environments and traces stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

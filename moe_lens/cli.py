@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from moe_lens.commands.analyze import analyze
 from moe_lens.commands.cache import cache
 from moe_lens.commands.dashboard import dashboard
 from moe_lens.commands.demo import demo
@@ -32,7 +33,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, info, report, dashboard, diff, query, cache, place, replay, machine, recover):
+for command in (
+    demo, info, report, dashboard, diff, query, analyze, cache, place, replay, machine, recover,
+):  # fmt: skip
     app.command()(command)
 # What stands after SCRIPT is the script's.
 app.command(context_settings={"allow_interspersed_args": False})(record)
@@ -63,6 +66,7 @@ def root(
     moe-lens report traces/run1               where its tokens went
     moe-lens dashboard traces/run1            look at it in a browser
     moe-lens query traces/run1 "from load"    ask anything in SQL
+    moe-lens analyze traces/run1              every metric beside what chance gives
     moe-lens cache traces/run1                what a cache of experts would find
     moe-lens replay traces/run1               what its routing costs on this machine
     moe-lens place traces/run1 --ranks 8      which rank should hold which experts

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from moe_lens.metrics.catalogue import metric
 from moe_lens.metrics.chance import Chance, Floats, of_draws
+from moe_lens.metrics.evidence import Answer
 
 Counts = NDArray[Any]
 
@@ -37,7 +38,7 @@ def entropy(share_E: Floats) -> Any:
 
 
 def cv2(load_E: Counts) -> Any:
-    """Squared coefficient of variation over the last axis: variance / mean^2 (of the population)."""
+    """Squared coefficient of variation over the last axis: variance of the population / mean^2."""
     return (shares(load_E) ** 2).sum(-1) * np.shape(load_E)[-1] - 1
 
 
@@ -45,11 +46,11 @@ def cv2(load_E: Counts) -> Any:
     group="balance",
     formula="max f_i",
     range="1/E to 1/k",
-    diagnoses="One expert takes more than its part: the one that a rank waits for.",
     null="(1 + MaxVio of chance) / E",
     drawn=True,
 )
 def max_share(counts_E: Counts) -> Any:
+    """One expert takes more than its part: the one that a rank waits for."""
     return shares(counts_E).max(-1)
 
 
@@ -57,11 +58,11 @@ def max_share(counts_E: Counts) -> Any:
     group="balance",
     formula="max n_i / mu",
     range="1 to E/k",
-    diagnoses="How much longer the hottest expert works than the mean.",
     null="about 1 + sqrt(2 ln E (1 - k/E) / mu), a little less",
     drawn=True,
 )
 def max_over_mean(counts_E: Counts) -> Any:
+    """How much longer the hottest expert works than the mean."""
     return shares(counts_E).max(-1) * np.shape(counts_E)[-1]
 
 
@@ -69,12 +70,12 @@ def max_over_mean(counts_E: Counts) -> Any:
     group="balance",
     formula="(max n_i - mu) / mu",
     range="0 to E/k - 1",
-    diagnoses="Global imbalance: the hottest expert over the whole phase.",
     source=_WANG,
     null="about sqrt(2 ln E (1 - k/E) / mu), a little less",
     drawn=True,
 )
 def max_vio(counts_E: Counts) -> Any:
+    """Global imbalance: the hottest expert over the whole phase."""
     return max_over_mean(counts_E) - 1
 
 
@@ -82,13 +83,15 @@ def max_vio(counts_E: Counts) -> Any:
     group="balance",
     formula="mean over forwards of (max n_i - mu) / mu",
     range="0 to E/k - 1",
-    diagnoses="Imbalance of a batch, what a step waits for. It grows as batches shrink: compare runs of "
-    "one batch size only.",
     source=f"{_WANG} (batch)",
     null="as max_vio, with the tokens of one forward",
     drawn=True,
 )
 def max_vio_batch(counts_FE: Counts) -> Any:
+    """Imbalance of a batch, what a step waits for.
+
+    It grows as batches shrink: compare runs of one batch size only.
+    """
     return np.nanmean(max_vio(counts_FE), -1)
 
 
@@ -96,12 +99,12 @@ def max_vio_batch(counts_FE: Counts) -> Any:
     group="balance",
     formula="(mu - min n_i) / mu",
     range="0 to 1",
-    diagnoses="The coldest expert: 1 means that it is never chosen.",
     source=_WANG,
     null="as max_vio, never above 1",
     drawn=True,
 )
 def min_vio(counts_E: Counts) -> Any:
+    """The coldest expert: 1 means that it is never chosen."""
     return 1 - shares(counts_E).min(-1) * np.shape(counts_E)[-1]
 
 
@@ -110,11 +113,11 @@ def min_vio(counts_E: Counts) -> Any:
     formula="-sum f_i ln f_i",
     range="0 to ln E",
     unit="nats",
-    diagnoses="Collapse onto few experts. Insensitive: one expert with twice its load hardly moves it.",
     null="ln E - (1 - k/E) / (2 mu)",
     drawn=True,
 )
 def load_entropy(counts_E: Counts) -> Any:
+    """Collapse onto few experts. Insensitive: one expert with twice its load hardly moves it."""
     return entropy(shares(counts_E))
 
 
@@ -123,11 +126,11 @@ def load_entropy(counts_E: Counts) -> Any:
     formula="exp(load entropy)",
     range="1 to E",
     unit="experts",
-    diagnoses="As many experts, evenly used, would have this entropy.",
     null="E exp(-(1 - k/E) / (2 mu))",
     drawn=True,
 )
 def effective_experts(counts_E: Counts) -> Any:
+    """As many experts, evenly used, would have this entropy."""
     return np.exp(load_entropy(counts_E))
 
 
@@ -135,11 +138,11 @@ def effective_experts(counts_E: Counts) -> Any:
     group="balance",
     formula="sd(n_i) / mu, of the population",
     range="0 to sqrt(E/k - 1)",
-    diagnoses="Overall unevenness; weighs all experts, not the hottest alone.",
     null="sqrt((1 - k/E) / mu)",
     drawn=True,
 )
 def load_cv(counts_E: Counts) -> Any:
+    """Overall unevenness; weighs all experts, not the hottest alone."""
     return np.sqrt(np.maximum(cv2(counts_E), 0))
 
 
@@ -147,11 +150,11 @@ def load_cv(counts_E: Counts) -> Any:
     group="balance",
     formula="sum (2 i - E - 1) n_(i) / (E N), n_(1) the smallest",
     range="0 to 1 - k/E",
-    diagnoses="Overall unevenness, by ranks. Not up to 1: a token takes k different experts.",
     null="about CV / sqrt(pi)",
     drawn=True,
 )
 def gini(counts_E: Counts) -> Any:
+    """Overall unevenness, by ranks. Not up to 1: a token takes k different experts."""
     ordered = np.sort(shares(counts_E), -1)
     experts = ordered.shape[-1]
     return (ordered * (2 * np.arange(1, experts + 1) - experts - 1)).sum(-1) / experts
@@ -161,12 +164,12 @@ def gini(counts_E: Counts) -> Any:
     group="balance",
     formula="N^2 / (E sum n_i^2) = 1 / (1 + CV^2)",
     range="k/E to 1",
-    diagnoses="Share of experts that would do the same work if evenly used.",
     source="Jain, Chiu, Hawe 1984, DEC-TR-301",
     null="1 / (1 + (1 - k/E) / mu)",
     drawn=True,
 )
 def jain(counts_E: Counts) -> Any:
+    """Share of experts that would do the same work if evenly used."""
     return 1 / (1 + cv2(counts_E))
 
 
@@ -181,12 +184,14 @@ def _dead_by_chance(experts: int, counts_E: Counts, tokens: int) -> Chance:
     formula="#{n_i = 0}, asked only when T >= ln(E / 0.001) / -ln(1 - k/E)",
     range="0 to E",
     unit="experts",
-    diagnoses="Experts that nobody chooses: parameters that do nothing.",
     null="E (1 - k/E)^T: below 0.001 wherever it is answered",
     chance=_dead_by_chance,
 )
-def dead_experts(layer_balance: dict[str, float | None]) -> float | None:
-    """Home: the stored question `layer_balance`."""
+def dead_experts(layer_balance: Answer) -> float | None:
+    """Experts that nobody chooses: parameters that do nothing.
+
+    Home: the stored question `layer_balance`.
+    """
     return layer_balance["dead_experts"]
 
 
@@ -199,12 +204,14 @@ def _dormant_by_chance(draws_RE: Counts) -> Chance:
     formula="#{n_i < 0.1 mu}, dead ones included, asked as dead_experts",
     range="0 to E",
     unit="experts",
-    diagnoses="Experts that are hardly chosen.",
     null="the same count of a uniform router",
     chance=_dormant_by_chance,
 )
-def dormant_experts(layer_balance: dict[str, float | None]) -> float | None:
-    """Home: the stored question `layer_balance`."""
+def dormant_experts(layer_balance: Answer) -> float | None:
+    """Experts that are hardly chosen.
+
+    Home: the stored question `layer_balance`.
+    """
     return layer_balance["dormant_experts"]
 
 
@@ -231,7 +238,6 @@ _hot = partial(
     metric,
     group="balance",
     range="the part (whole experts) to 1",
-    diagnoses="Lorenz curve near its end: a few experts do the work.",
     null="the same share of a uniform router; above the part, since the hottest are picked",
     drawn=True,
 )
@@ -239,16 +245,19 @@ _hot = partial(
 
 @_hot(formula="share of choices of the ceil(0.01 E) hottest experts")
 def hot_share_1(counts_E: Counts) -> Any:
+    """What the hottest 1 % of experts do: one end of the Lorenz curve."""
     return hot_share(counts_E, 0.01)
 
 
 @_hot(formula="share of choices of the ceil(0.05 E) hottest experts")
 def hot_share_5(counts_E: Counts) -> Any:
+    """What the hottest 5 % of experts do."""
     return hot_share(counts_E, 0.05)
 
 
 @_hot(formula="share of choices of the ceil(0.10 E) hottest experts")
 def hot_share_10(counts_E: Counts) -> Any:
+    """What the hottest 10 % of experts do."""
     return hot_share(counts_E, 0.10)
 
 
@@ -257,7 +266,6 @@ _cover = partial(
     group="balance",
     range="1 to E",
     unit="experts",
-    diagnoses="Size of the committee that does most of the work: what would have to be resident.",
     null="the same count of a uniform router, a little below that part of E",
     drawn=True,
 )
@@ -265,16 +273,19 @@ _cover = partial(
 
 @_cover(formula="fewest experts with 50 % of choices")
 def covering_50(counts_E: Counts) -> Any:
+    """Size of the committee that does half of the work."""
     return covering(counts_E, 0.50)
 
 
 @_cover(formula="fewest experts with 80 % of choices")
 def covering_80(counts_E: Counts) -> Any:
+    """Size of the committee that does four fifths of the work."""
     return covering(counts_E, 0.80)
 
 
 @_cover(formula="fewest experts with 95 % of choices")
 def covering_95(counts_E: Counts) -> Any:
+    """Size of the committee that does nearly all work: what would have to be resident."""
     return covering(counts_E, 0.95)
 
 
@@ -302,9 +313,9 @@ def _no_relation(experts: int) -> Chance:
     group="balance",
     formula="Spearman correlation of n_i between the first and the second half of the steps",
     range="-1 to 1",
-    diagnoses="Whether popularity can be foretold: a placement fitted to the past needs it.",
     null="0 +- 3.29 / sqrt(E - 1): order is forgotten (99.9 %, normal approximation)",
     chance=_no_relation,
 )
 def popularity_stability(counts_HE: Counts) -> float:
+    """Whether popularity can be foretold: a placement fitted to the past needs it."""
     return spearman(counts_HE[0], counts_HE[1])

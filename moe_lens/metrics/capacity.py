@@ -4,7 +4,8 @@ An expert takes C = ceil(factor N / E) choices of a capacity group, here a forwa
 dropped depends on the order, how many does not. Four rates of drops are in use, and each is given
 its own name: of experts, of choices, of whole tokens, of gate mass.
 
-Legend: ... any leading axes (draws), F forwards, E experts, T tokens, V outputs, P capacity factors.
+Legend: ... any leading axes (draws), F forwards, E experts, T tokens, V outputs of the router,
+P capacity factors.
 """
 
 from __future__ import annotations
@@ -14,13 +15,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from moe_lens.metrics.balance import Counts
 from moe_lens.metrics.catalogue import metric
 from moe_lens.metrics.chance import Chance, Floats, Ints, of_draws
+from moe_lens.metrics.evidence import Answer, Bools
 
-Bools = NDArray[np.bool_]
 TILE = 128
 """Rows of a tile of a grouped matrix product."""
 FEW = 0.01
@@ -49,13 +49,11 @@ def dropped_at(counts_FE: Counts, factor: float) -> Any:
     group="capacity",
     formula="mean over forwards of #{experts that overflowed} / E",
     range="0 to 1",
-    diagnoses="How widespread overflow is: one hot expert, or all.",
     null="the same of a uniform router at the recorded capacity",
-    chance=lambda draws_RFE, capacity_F: of_draws(
-        (draws_RFE > capacity_F[:, None]).mean((-1, -2))
-    ),
+    chance=lambda draws_RFE, capacity_F: of_draws((draws_RFE > capacity_F[:, None]).mean((-1, -2))),
 )
 def overflowed_experts(overflowed_FE: Counts) -> Any:
+    """How widespread overflow is: one hot expert, or all."""
     return (np.asarray(overflowed_FE) > 0).mean((-1, -2))
 
 
@@ -63,12 +61,14 @@ def overflowed_experts(overflowed_FE: Counts) -> Any:
     group="capacity",
     formula="sum max(0, n_i - C) / N",
     range="0 to 1",
-    diagnoses="Choices that found their expert full, dropped or rerouted.",
     null="the same of a uniform router at the recorded capacity",
     chance=lambda draws_RFE, capacity_F: of_draws(overflow(draws_RFE, capacity_F)),
 )
-def overflow_rate(dropped_tokens: dict[str, float | None]) -> float | None:
-    """Home: the stored question `dropped_tokens`."""
+def overflow_rate(dropped_tokens: Answer) -> float | None:
+    """Choices that found their expert full, dropped or rerouted.
+
+    Home: the stored question `dropped_tokens`.
+    """
     return dropped_tokens["overflow_rate"]
 
 
@@ -76,12 +76,14 @@ def overflow_rate(dropped_tokens: dict[str, float | None]) -> float | None:
     group="capacity",
     formula="choices that no expert computed / N",
     range="0 to overflow_rate",
-    diagnoses="Work that was lost. Below overflow_rate where choices are rerouted.",
     null="as overflow_rate, if nothing is rerouted",
     chance=lambda draws_RFE, capacity_F: of_draws(overflow(draws_RFE, capacity_F)),
 )
-def dropped_rate(dropped_tokens: dict[str, float | None]) -> float | None:
-    """Home: the stored question `dropped_tokens`."""
+def dropped_rate(dropped_tokens: Answer) -> float | None:
+    """Work that was lost. Below overflow_rate where choices are rerouted.
+
+    Home: the stored question `dropped_tokens`.
+    """
     return dropped_tokens["dropped_rate"]
 
 
@@ -89,13 +91,15 @@ def dropped_rate(dropped_tokens: dict[str, float | None]) -> float | None:
     group="capacity",
     formula="tokens for which no expert ran / T",
     range="0 to 1",
-    diagnoses="Tokens that pass through on the residual alone.",
     null="dropped_rate^k, if a token's choices are dropped independently; they are not, where late "
     "tokens lose",
     chance=lambda dropped_tokens, top_k: Chance((dropped_tokens["dropped_rate"] or 0.0) ** top_k),
 )
-def unserved_rate(dropped_tokens: dict[str, float | None]) -> float | None:
-    """Home: the stored question `dropped_tokens`."""
+def unserved_rate(dropped_tokens: Answer) -> float | None:
+    """Tokens that pass through on the residual alone.
+
+    Home: the stored question `dropped_tokens`.
+    """
     return dropped_tokens["unserved_rate"]
 
 
@@ -103,12 +107,12 @@ def unserved_rate(dropped_tokens: dict[str, float | None]) -> float | None:
     group="capacity",
     formula="sum of gate weights of dropped choices / sum of all",
     range="0 to 1",
-    diagnoses="How much of the layer's output was lost: below the share of choices where the weakest go.",
     null="the share of dropped choices among the same tokens: weight has no part in it",
     chance=lambda dropped_TV, chosen_TV: Chance(float(dropped_TV.sum() / chosen_TV.sum())),
 )
 def dropped_gate_mass(weight_TV: Floats, dropped_TV: Bools) -> float:
     # Weights of dropped choices that were recorded as 0 cannot be summed.
+    """How much of the layer's output was lost: below the share of choices where the weakest go."""
     if not (weight_TV[dropped_TV] > 0).any():
         return float("nan")
     return float(weight_TV[dropped_TV].sum() / weight_TV.sum())
@@ -118,12 +122,12 @@ def dropped_gate_mass(weight_TV: Floats, dropped_TV: Bools) -> float:
     group="capacity",
     formula="dropped rate in the last tenth of positions / dropped rate of all",
     range="0 to 10 at most, if tokens are spread evenly",
-    diagnoses="Drop towards the end: a capacity filled in order of position loses late tokens.",
     source="OpenMoE (Xue et al. 2024, arXiv 2402.01739)",
     null="1: position has no part in it",
     chance=lambda: Chance(1.0),
 )
 def late_drops(drops_by_position: pd.DataFrame) -> float:
+    """Drop towards the end: a capacity filled in order of position loses late tokens."""
     rows = drops_by_position
     end = int(rows["position"].max()) + 1
     late = rows["position"] >= end - end // 10
@@ -140,11 +144,11 @@ def late_drops(drops_by_position: pd.DataFrame) -> float:
     group="capacity",
     formula="1 - sum min(n_i, C) / (E C), of all forwards",
     range="0 to 1",
-    diagnoses="Room that stands empty: memory and, with fixed buffers, work for nothing.",
     null="the same of a uniform router at the recorded capacity",
     drawn=True,
 )
 def capacity_slack(counts_FE: Counts, capacity_F: Counts) -> Any:
+    """Room that stands empty: memory and, with fixed buffers, work for nothing."""
     counts, room = np.asarray(counts_FE), np.asarray(capacity_F)
     used = np.minimum(counts, room[..., None]).sum((-1, -2))
     return 1 - used / (room.sum(-1) * counts.shape[-1])
@@ -155,11 +159,11 @@ def capacity_slack(counts_FE: Counts, capacity_F: Counts) -> Any:
     formula=f"sum (ceil(n_i / B) B - n_i) / sum n_i, n_i computed in a forward, B = {TILE}",
     range="0 to B - 1",
     unit="of the rows",
-    diagnoses="Rows that tiles of a grouped matrix product add: small loads waste most.",
     null="the same of a uniform router, without a capacity",
     chance=lambda draws_RFE: of_draws(padded(draws_RFE, TILE)),
 )
 def tile_padding(computed_FE: Counts) -> Any:
+    """Rows that tiles of a grouped matrix product add: small loads waste most."""
     return padded(computed_FE, TILE)
 
 
@@ -172,8 +176,7 @@ def padded(counts_FE: Counts, tile: int) -> Any:
 _what_if = partial(
     metric,
     group="capacity",
-    range="0 to 1 - min(1, factor) k/E",
-    diagnoses="What this capacity factor would drop, each forward being a capacity group.",
+    range="0 to 1 - factor k/E",
 )
 
 
@@ -183,17 +186,23 @@ _what_if = partial(
     chance=lambda draws_RFE: of_draws(dropped_at(draws_RFE, 1.0)),
 )
 def drop_at_1(sweep: pd.DataFrame) -> float:
-    """Home: the stored question `capacity_sweep`."""
+    """What capacity factor 1 would drop.
+
+    Home: the stored question `capacity_sweep`.
+    """
     return _at(sweep, 1.0)
 
 
 @_what_if(
     formula="sum max(0, n_i - C) / N at capacity factor 1.25",
-    null="the same of a uniform router: 0.13 % at E = 128, k = 1, T = 8192",
+    null="the same of a uniform router: 0.12 % at E = 128, k = 1, T = 8192",
     chance=lambda draws_RFE: of_draws(dropped_at(draws_RFE, 1.25)),
 )
 def drop_at_1_25(sweep: pd.DataFrame) -> float:
-    """Home: the stored question `capacity_sweep`."""
+    """What capacity factor 1.25 would drop.
+
+    Home: the stored question `capacity_sweep`.
+    """
     return _at(sweep, 1.25)
 
 
@@ -201,13 +210,13 @@ def drop_at_1_25(sweep: pd.DataFrame) -> float:
     group="capacity",
     formula="the smallest capacity factor of the sweep that drops at most 1 % of choices",
     range="0.5 to 4, in steps of 0.05",
-    diagnoses="The capacity factor that this routing needs.",
     null="the same of a uniform router",
     chance=lambda draws_RFE, sweep: of_draws(
         [smallest(f, d) for f, d in _curves(draws_RFE, sweep)]
     ),
 )
 def capacity_for_1(sweep: pd.DataFrame) -> float:
+    """The capacity factor that this routing needs."""
     return smallest(*_columns(sweep))
 
 
@@ -215,12 +224,12 @@ def capacity_for_1(sweep: pd.DataFrame) -> float:
     group="capacity",
     formula="the capacity factor at which the curve of drops lies deepest under its chord",
     range="0.5 to 4, in steps of 0.05",
-    diagnoses="The knee: from here on more capacity buys little.",
     source="Satopaa et al. 2011, Finding a Kneedle in a Haystack",
     null="1 for a large uniform router: below it drops fall in a straight line",
     chance=lambda draws_RFE, sweep: of_draws([knee(f, d) for f, d in _curves(draws_RFE, sweep)]),
 )
 def capacity_knee(sweep: pd.DataFrame) -> float:
+    """The knee: from here on more capacity buys little."""
     return knee(*_columns(sweep))
 
 

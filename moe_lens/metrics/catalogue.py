@@ -1,9 +1,12 @@
 """The catalogue of routing metrics: what each one is, and the function that computes it.
 
 A metric is a pure function in `balance`, `confidence`, `losses` or `capacity`. Its parameters name
-what it reads, as fields of `Evidence`; what it is stands in its decorator, once, and docs/metrics.md
-is made from that (`python -m moe_lens.metrics.page`). Functions of counts take any leading axes
-before E, so that their null is the same function on draws of a uniform router.
+what it reads, as fields of `Evidence`; what it is stands once, in its decorator and docstring, and
+docs/metrics.md is made from that (`python -m moe_lens.metrics.page`). Functions of counts take any
+leading axes before E, so that their null is the same function on draws of a uniform router.
+
+A further metric is a function with this decorator. What it reads that is not there yet is a field
+of `Evidence`, a line of `evidence.DATA`, and a reader in `moe_lens.queries.evidence`.
 """
 
 from __future__ import annotations
@@ -22,6 +25,9 @@ from moe_lens.metrics.evidence import DATA, Evidence
 GROUPS = ("balance", "confidence", "losses", "capacity")
 
 _DRAWN = {"counts_E": "draws_RE", "counts_FE": "draws_RFE"}
+"""What stands for counts in a null."""
+_BEHIND = {"draws_RE": ("counts_E", "tokens"), "draws_RFE": ("counts_FE", "tokens_F")}
+"""What draws are made of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +66,14 @@ class Metric:
         return tuple(inspect.signature(self.function).parameters)
 
     @property
+    def needs(self) -> frozenset[str]:
+        """The fields that its value and its null are made of."""
+        of_null = _parameters(self.chance) if self.chance is not None else ()
+        names = {*self.reads, *of_null}
+        names |= {_DRAWN[name] for name in self.reads if self.drawn and name in _DRAWN}
+        return frozenset(names.union(*(_BEHIND.get(name, ()) for name in names)))
+
+    @property
     def level(self) -> str:
         """Codes of the data it needs, as `LEVELS` says; C stands only by itself."""
         codes = {DATA[name].level for name in self.reads} - {"C"}
@@ -96,24 +110,25 @@ def metric(
     group: str,
     formula: str,
     range: str,
-    diagnoses: str,
     null: str,
     unit: str = "",
     source: str = "",
     drawn: bool = False,
     chance: Callable[..., Chance] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Put a function into the catalogue, under its own name, and leave it as it is."""
+    """Put a function into the catalogue, and leave it as it is.
+
+    Its name is the metric's; its docstring says what the metric tells.
+    """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         made = Metric(
             name=function.__name__, group=group, formula=formula, range=range, unit=unit,
-            diagnoses=diagnoses, source=source, null=null, function=function, drawn=drawn,
-            chance=chance,
+            diagnoses=_told(function),
+            source=source, null=null, function=function, drawn=drawn, chance=chance,
         )  # fmt: skip
-        known = made.name not in METRICS and group in GROUPS
-        asked = (*made.reads, *(_parameters(chance) if chance is not None else ()))
-        assert known and all(name in DATA for name in asked), made
+        assert made.name not in METRICS, made
+        assert made.needs <= set(DATA), made
         METRICS[made.name] = made
         return function
 
@@ -154,7 +169,7 @@ def measure(asked: Metric, evidence: Evidence) -> Measured:
 
 
 def _undefined(asked: Metric, evidence: Evidence) -> str:
-    return evidence.why.get(asked.name, "a value here: the formula has none for these counts")
+    return evidence.why.get(asked.name, "the formula has no value for these numbers")
 
 
 def _read(names: tuple[str, ...], evidence: Evidence) -> dict[str, Any]:
@@ -167,6 +182,12 @@ def _read(names: tuple[str, ...], evidence: Evidence) -> dict[str, Any]:
 
 def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(function).parameters)
+
+
+def _told(function: Callable[..., Any]) -> str:
+    """The docstring on one line, without the paragraph that says where the metric is computed."""
+    paragraphs = (inspect.getdoc(function) or "").split("\n\n")
+    return " ".join(" ".join(p.split()) for p in paragraphs if not p.startswith("Home: "))
 
 
 def _number(value: Any) -> float:

@@ -1,10 +1,10 @@
 """What is known of one layer in one phase: the arrays that the catalogue's metrics are made of.
 
-A metric's function names what it reads as its parameters; each is a field or property of `Evidence`,
-and `DATA` says which data it comes from. Nothing here reads a trace: `moe_lens.queries.evidence` does.
+A metric's function names what it reads as its parameters; each is a field or property of
+`Evidence`, and `DATA` says which data it comes from. `moe_lens.queries.evidence` fills them in.
 
-Legend: E experts, Z zero-compute experts, V = E + Z outputs of the router, F forwards, T tokens (some,
-with rows), R draws, P capacity factors.
+Legend: E experts, Z zero-compute experts, V = E + Z outputs of the router, F forwards, T tokens
+(some, with rows), R draws, P capacity factors.
 """
 
 from __future__ import annotations
@@ -12,17 +12,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
 
 from moe_lens.metrics.chance import Floats, Ints, draws_of, draws_of_forwards
 
-if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
-    from numpy.typing import NDArray
-
-    Bools = NDArray[np.bool_]
-    Answer = Mapping[str, float | None]
+Bools = NDArray[np.bool_]
+Answer = Mapping[str, float | None]
+"""A row of a stored question."""
 
 LEVELS = {
     "C": "counts and sums, of every token: always recorded",
@@ -38,40 +37,41 @@ class Data:
     """What a field of `Evidence` is, and where it comes from."""
 
     level: str
-    words: str
-    """What is lacking where it is not there."""
+    """A code of `LEVELS`."""
+    lacks: str
+    """What to say where it is null."""
 
 
 DATA = {
-    "experts": Data("C", "the number of experts"),
-    "outputs": Data("C", "the number of experts"),
-    "top_k": Data("C", "a fixed number of choices per token"),
-    "tokens": Data("C", "tokens"),
-    "counts_E": Data("C", "choices"),
-    "counts_HE": Data("C", "two steps or more"),
-    "prob_V": Data("C", "sums of router probabilities"),
-    "gate_E": Data("C", "sums of gate weights"),
-    "layer_balance": Data("C", "choices"),
-    "router_confidence": Data("C", "sums of entropy, margin and z-loss"),
-    "dropped_tokens": Data("C", "counts of drops"),
-    "counts_FE": Data("C", "counts of single forwards (its windows hold several)"),
-    "prob_FV": Data("C", "router probabilities of single forwards"),
-    "overflowed_FE": Data("C", "a capacity"),
-    "capacity_F": Data("C", "a capacity"),
-    "tokens_F": Data("C", "counts of single forwards (its windows hold several)"),
-    "step_F": Data("C", "counts of single forwards (its windows hold several)"),
-    "rank_F": Data("C", "counts of single forwards (its windows hold several)"),
-    "computed_FE": Data("C", "counts of single forwards (its windows hold several)"),
-    "sweep": Data("C", "forwards with counts, or rows, of their own"),
-    "drops_by_position": Data("I", "per-token rows with dropped choices"),
-    "sequence_T": Data("I", "per-token rows"),
-    "chosen_TV": Data("I", "per-token rows"),
-    "weight_TV": Data("W", "per-token rows"),
-    "dropped_TV": Data("W", "per-token rows with dropped choices"),
-    "logits_TV": Data("Z", "router logits"),
-    "prob_TV": Data("Z", "router logits, and what they mean"),
-    "draws_RE": Data("C", "choices"),
-    "draws_RFE": Data("C", "counts of single forwards (its windows hold several)"),
+    "experts": Data("C", "no experts"),
+    "outputs": Data("C", "no experts"),
+    "top_k": Data("C", "no a fixed number of choices per token"),
+    "tokens": Data("C", "no tokens"),
+    "counts_E": Data("C", "no choices"),
+    "counts_HE": Data("C", "fewer than two steps"),
+    "prob_V": Data("C", "no sums of router probabilities"),
+    "gate_E": Data("C", "no sums of gate weights"),
+    "layer_balance": Data("C", "no choices"),
+    "router_confidence": Data("C", "no sums of entropy, margin and z-loss"),
+    "dropped_tokens": Data("C", "no counts of drops"),
+    "counts_FE": Data("C", "no counts of single forwards: windows hold several"),
+    "prob_FV": Data("C", "no router probabilities of single forwards"),
+    "overflowed_FE": Data("C", "no capacity: the layer is dropless"),
+    "capacity_F": Data("C", "no capacity: the layer is dropless"),
+    "tokens_F": Data("C", "no counts of single forwards: windows hold several"),
+    "step_F": Data("C", "no counts of single forwards: windows hold several"),
+    "rank_F": Data("C", "no counts of single forwards: windows hold several"),
+    "computed_FE": Data("C", "no counts of single forwards: windows hold several"),
+    "sweep": Data("C", "no forwards with counts, or rows, of their own"),
+    "drops_by_position": Data("I", "no per-token rows with dropped choices"),
+    "sequence_T": Data("I", "no per-token rows"),
+    "chosen_TV": Data("I", "no per-token rows"),
+    "weight_TV": Data("W", "no per-token rows"),
+    "dropped_TV": Data("W", "no per-token rows with dropped choices"),
+    "logits_TV": Data("Z", "no router logits"),
+    "prob_TV": Data("Z", "no router logits, and what they mean"),
+    "draws_RE": Data("C", "no choices"),
+    "draws_RFE": Data("C", "no counts of single forwards: windows hold several"),
 }  # fmt: skip
 """Of every field and property that a metric may read."""
 
@@ -113,7 +113,7 @@ class Evidence:
 
     experts: int
     outputs: int
-    tokens: int
+    tokens: int = 0
     top_k: int | None = None
     counts_E: Ints | None = None
     counts_HE: Ints | None = None
@@ -155,5 +155,5 @@ class Evidence:
         return draws_of_forwards(self.tokens_F, self.counts_FE.sum(1), self.experts)
 
     def reason(self, name: str) -> str:
-        """What is lacking where the field is null."""
-        return self.why.get(name, DATA[name].words)
+        """Why the field is null."""
+        return self.why.get(name, DATA[name].lacks)

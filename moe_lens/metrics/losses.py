@@ -1,14 +1,14 @@
-"""Training losses as metrics: what a router would be charged, whether or not it was trained with it.
+"""Training losses as metrics: what a router would be charged, were it trained with them.
 
-The load-balancing loss is E sum f_i P_i, f_i the share of choices (sum 1), P_i the mean probability;
-without its coefficient. Uniform routing gives 1 (Megatron, DeepSeek), or k where f is summed over
-the k slots (transformers' Mixtral and OLMoE). Over several layers, transformers averages f and P
-over the layers first: another number, which hides the collapse of one layer; here each layer has its
-own.
+The load-balancing loss is E sum f_i P_i, f_i the share of choices (sum 1), P_i the mean
+probability; without its coefficient. Uniform routing gives 1 (Megatron, DeepSeek), or k where f is
+summed over the k slots (transformers' Mixtral and OLMoE). Over several layers, transformers
+averages f and P over the layers first: another number, which hides the collapse of one layer; here
+each layer has its own.
 
-At which scope f and P are averaged before they are multiplied matters (Qiu et al., arXiv 2501.11873):
-a sequence, a micro-batch (one forward of one rank), all micro-batches of a rank in a step, all ranks
-in a step. Groups are weighed by their tokens.
+At which scope f and P are averaged before they are multiplied matters (Qiu et al., arXiv
+2501.11873): a sequence, a micro-batch (one forward of one rank), all micro-batches of a rank in a
+step, all ranks in a step. Groups are weighed by their tokens.
 
 Legend: ... any leading axes (draws), G groups of tokens, F forwards, T tokens, E experts.
 """
@@ -24,12 +24,13 @@ from numpy.typing import NDArray
 from moe_lens.metrics.balance import Counts, cv2, shares
 from moe_lens.metrics.catalogue import metric
 from moe_lens.metrics.chance import Chance, Floats, Ints, draws_of_forwards, of_draws
+from moe_lens.metrics.evidence import Answer
 
 _SWITCH = "Switch Transformer (Fedus et al., arXiv 2101.03961), eq. 4 to 6"
 _QIU = "Qiu et al. 2025, arXiv 2501.11873"
 _NULL = (
-    "between 1 (undecided) and 1 + (1 - k/E) / mu (all probability on the choices), mu of one group; "
-    "shown is the upper end"
+    "between 1 (undecided) and 1 + (1 - k/E) / mu (all probability on the choices), mu of one "
+    "group; shown is the upper end"
 )
 
 
@@ -79,7 +80,6 @@ _loss = partial(
     metric,
     group="losses",
     range="about 1 to E/k; below 1 where f and P go against each other",
-    diagnoses="Imbalance that the balancing loss sees at this scope.",
     null=_NULL,
 )
 
@@ -90,6 +90,7 @@ _loss = partial(
     chance=_certain,
 )
 def switch_loss(counts_E: Counts, prob_V: Floats) -> Any:
+    """Imbalance of the whole phase, as the balancing loss sees it."""
     return balancing(counts_E, _of_experts(prob_V, counts_E))
 
 
@@ -101,6 +102,7 @@ def switch_loss(counts_E: Counts, prob_V: Floats) -> Any:
     chance=lambda draws_RE, top_k: _times(_certain(draws_RE), top_k),
 )
 def switch_loss_k(counts_E: Counts, prob_V: Floats, top_k: int) -> Any:
+    """The same in the convention of transformers: divide by k to compare."""
     return top_k * switch_loss(counts_E, prob_V)
 
 
@@ -113,12 +115,13 @@ def _sequences_by_chance(chosen_TV: Any, sequence_T: Ints, experts: int) -> Chan
 
 @_loss(
     formula="mean over sequences of E sum f_i P_i, of the sequence",
-    source=f"{_QIU}; DeepSeek-V3 (arXiv 2412.19437), eq. 17 to 20",
+    source=f"{_QIU}; DeepSeek-V3 (arXiv 2412.19437)",
     chance=_sequences_by_chance,
 )
 def switch_loss_sequence(
     chosen_TV: NDArray[np.bool_], prob_TV: Floats, sequence_T: Ints, experts: int
 ) -> Any:
+    """Imbalance inside single sequences."""
     tokens_G = np.bincount(sequence_T)
     counts_GE = _by_sequence(chosen_TV, sequence_T)[:, :experts]
     prob_GE = _by_sequence(prob_TV, sequence_T)[:, :experts] / tokens_G[:, None]
@@ -133,6 +136,7 @@ def switch_loss_sequence(
     ),
 )
 def switch_loss_micro(counts_FE: Counts, prob_FV: Floats, tokens_F: Ints) -> Any:
+    """Imbalance of single forwards, what a loss at micro-batch scope charges."""
     prob_FE = _of_experts(prob_FV, counts_FE)
     return balancing_by_group(counts_FE, prob_FE, tokens_F, np.arange(len(tokens_F)))
 
@@ -147,6 +151,7 @@ def switch_loss_micro(counts_FE: Counts, prob_FV: Floats, tokens_F: Ints) -> Any
 def switch_loss_rank(
     counts_FE: Counts, prob_FV: Floats, tokens_F: Ints, step_F: Ints, rank_F: Ints
 ) -> Any:
+    """Imbalance of what one rank sees in a step, gradient accumulation included."""
     prob_FE = _of_experts(prob_FV, counts_FE)
     return balancing_by_group(counts_FE, prob_FE, tokens_F, np.stack([step_F, rank_F], 1))
 
@@ -156,9 +161,8 @@ def switch_loss_rank(
     source=_QIU,
     chance=lambda draws_RFE, tokens_F, step_F: _certain_by_group(draws_RFE, tokens_F, step_F),
 )
-def switch_loss_global(
-    counts_FE: Counts, prob_FV: Floats, tokens_F: Ints, step_F: Ints
-) -> Any:
+def switch_loss_global(counts_FE: Counts, prob_FV: Floats, tokens_F: Ints, step_F: Ints) -> Any:
+    """Imbalance of a global batch."""
     prob_FE = _of_experts(prob_FV, counts_FE)
     return balancing_by_group(counts_FE, prob_FE, tokens_F, step_F)
 
@@ -176,13 +180,13 @@ def _gap_by_chance(draws_RFE: Counts, tokens_F: Ints, step_F: Ints) -> Chance:
     group="losses",
     formula="switch_loss_micro - switch_loss_global = E sum Cov(f_i, P_i) within a step",
     range="0 at one forward a step; below E/k - 1",
-    diagnoses="Specialisation to what a micro-batch holds, which a loss at that scope punishes.",
     source=_QIU,
     null="between 0 and the same of a uniform router with all probability on its choices; shown is "
     "the upper end",
     chance=_gap_by_chance,
 )
 def scope_gap(counts_FE: Counts, prob_FV: Floats, tokens_F: Ints, step_F: Ints) -> Any:
+    """Specialisation to what a micro-batch holds, which a loss at that scope punishes."""
     micro = switch_loss_micro(counts_FE, prob_FV, tokens_F)
     return micro - switch_loss_global(counts_FE, prob_FV, tokens_F, step_F)
 
@@ -192,13 +196,15 @@ def scope_gap(counts_FE: Counts, prob_FV: Floats, tokens_F: Ints, step_F: Ints) 
     formula="mean over tokens of (ln sum exp z)^2",
     range="0 and up",
     unit="nats^2",
-    diagnoses="Drift of the logits, which the balancing loss cannot see: softmax forgets a shift.",
-    source="ST-MoE (Zoph et al. 2022, arXiv 2202.08906), eq. 5",
+    source="ST-MoE (Zoph et al. 2022, arXiv 2202.08906)",
     null="(ln V)^2: all logits 0",
     chance=lambda outputs: Chance(float(np.log(outputs) ** 2)),
 )
-def z_loss(router_confidence: dict[str, float | None]) -> float | None:
-    """Home: the stored question `router_confidence`."""
+def z_loss(router_confidence: Answer) -> float | None:
+    """Drift of the logits, which the balancing loss cannot see: softmax forgets a shift.
+
+    Home: the stored question `router_confidence`.
+    """
     return router_confidence["zloss"]
 
 
@@ -206,25 +212,30 @@ def z_loss(router_confidence: dict[str, float | None]) -> float | None:
     group="losses",
     formula="variance / mean^2 of n_i",
     range="0 to E/k - 1",
-    diagnoses="Shazeer's load loss, on counts.",
-    source="Shazeer et al. 2017, arXiv 1701.06538, eq. 11",
+    source="Shazeer et al. 2017, arXiv 1701.06538 (there of a smooth estimate of the counts)",
     null="(1 - k/E) / mu",
     drawn=True,
 )
 def load_cv2(counts_E: Counts) -> Any:
+    """Shazeer's load loss, on counts."""
     return cv2(counts_E)
+
+
+def _equal_weights(counts_E: Counts, tokens: int, experts: int) -> Chance:
+    mu = counts_E.sum() / experts
+    return Chance(float((1 - mu / tokens) / mu))
 
 
 @metric(
     group="losses",
     formula="variance / mean^2 of G_i, the sum of gate weights on expert i",
     range="0 to E - 1",
-    diagnoses="Shazeer's importance loss: the gate-weighted load. It and load_cv2 can disagree.",
-    source="Shazeer et al. 2017, arXiv 1701.06538, eq. 6 to 7",
+    source="Shazeer et al. 2017, arXiv 1701.06538",
     null="(1 - k/E) / mu with equal weights, more with unequal ones; shown is the first",
-    chance=lambda draws_RE: _upper(Chance(of_draws(cv2(draws_RE)).expected)),
+    chance=_equal_weights,
 )
 def importance_cv2(gate_E: Floats) -> Any:
+    """Shazeer's importance loss: the gate-weighted load. It and load_cv2 can disagree."""
     return cv2(gate_E)
 
 

@@ -22,12 +22,12 @@ SUBJECTS = {
     ),
     "Load and balance": (
         "load_map", "expert_load", "layer_balance", "load_over_time", "dead_experts",
-        "hottest_experts",
+        "hottest_experts", "forward_loads",
     ),
     "Capacity and drops": (
         "dropped_tokens", "recorded_capacity", "capacity_sweep", "unserved_by_position",
     ),
-    "The router": ("router_confidence", "router_over_time", "near_ties"),
+    "The router": ("router_confidence", "router_over_time", "near_ties", "token_choices"),
     "One expert": (
         "expert_over_time", "expert_tags", "expert_serves", "expert_companions",
     ),
