@@ -183,7 +183,7 @@ def _rows(made: Study) -> Iterator[dict[str, object]]:
                 "slowest_p99": balance.slowest_p99,
                 "ranks": None if sent is None else sent.to_ranks.rows / sent.token_layers,
                 "nodes": None if sent is None else sent.to_nodes.rows / sent.token_layers,
-                "held": None if of.bytes_per_rank is None else of.bytes_per_rank / 1e9,
+                "held": None if of.bytes_per_rank is None else of.bytes_per_rank / 1e6,
                 "moved": of.moved,
             }
 
@@ -205,7 +205,7 @@ def _table(rows: pd.DataFrame) -> None:
             "rows to ranks", 2, help="That a token sends in a layer, once for each other rank."
         ),
         "nodes": columns.number("rows to nodes", 2),
-        "held": columns.number("GB on a rank", 2, help="Weights of its experts in 16 bits."),
+        "held": columns.number("MB on a rank", 1, help="Weights of its experts in 16 bits."),
         "moved": columns.whole("to fetch", help="Experts that the busiest rank does not hold now."),
     }
     st.dataframe(rows, hide_index=True, column_config=shown)

@@ -20,7 +20,7 @@ from support.replayed import write as write_replay
 from support.traces import segment, stream, write_run
 
 COMMANDS = ("demo", "record", "info", "report", "query", "recover", "dashboard", "diff",
-            "replay", "machine")  # fmt: skip
+            "replay", "machine", "cache", "place", "analyze")  # fmt: skip
 
 
 def moe_lens(*words: object, **more: object) -> subprocess.CompletedProcess[str]:
@@ -39,8 +39,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("command", [(), *((c,) for c in COMMANDS)])
 def test_help_is_quick_and_gives_an_example(command: tuple[str, ...]) -> None:
-    spent = []
-    for _ in range(3):
+    spent: list[float] = []
+    while len(spent) < 6 and min(spent, default=1) >= 0.5:  # others may have the caches
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = moe_lens(*command, "--help")
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
