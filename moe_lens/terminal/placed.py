@@ -68,7 +68,7 @@ def print_study(
     label = f"plan of {plan.method}, fitted to all forwards: "
     print_plain(console, Text.assemble((label, "dim"), path), whole=True)
     if study.verdict is not None:
-        print_plain(console, "", *_verdict(study.verdict, plan.method))
+        print_plain(console, "", *_verdict(study, study.verdict, bytes_per_s))
 
 
 def _what(study: Study) -> str:
@@ -179,15 +179,20 @@ def _cost_notes(study: Study, bytes_per_s: float) -> list[str]:
     return texts
 
 
-def _verdict(of: Verdict, method: str) -> list[Text]:
-    said = Text(f"{method}: {of.says}. ", style="bold").append(of.why, style="not bold")
+def _verdict(study: Study, of: Verdict, bytes_per_s: float) -> list[Text]:
+    said = Text(f"{study.plan.method}: {of.says}. ", style="bold").append(of.why, style="not bold")
     if not of.gains:
         return [said]
     rest = (
         f"Judged by windows of {of.forwards} forwards, each by the plan of the one before. By the "
         f"forwards that plans were fitted to it would have been {100 * of.fitted_gain:.1f} %. "
-        f"Following them, the busiest rank fetches {of.moved:,.0f} experts a window."
+        f"Following them, the busiest rank fetches {of.moved:,.0f} experts a window"
     )
+    if study.now.bytes_per_rank is not None:
+        held = study.now.placement.slots_per_rank * len(study.counts.layers)
+        size = of.moved * study.now.bytes_per_rank / held
+        rest += f": {_size(int(size))}, {_seconds(size / bytes_per_s)}"
+    rest += "."
     return [said, Text(rest, style="dim")]
 
 

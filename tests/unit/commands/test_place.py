@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,7 @@ def test_tables_a_verdict_and_the_plan(place: Any, run: Path) -> None:
     assert "fitted to 20 forwards" in printed
     assert "even: 25.0 %" in printed
     assert "eplb: helps." in printed
+    assert re.search(r"fetches\s+\d+ experts a\s+window: [\d.]+ MB, \d+ µs\.", printed)
     assert max(map(len, printed.splitlines()[:-8])) <= 80
     path = run / "placement" / "eplb-4-ranks-4-replicas.json"
     assert f"fitted to all forwards: {path}" in printed
