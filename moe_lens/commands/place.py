@@ -106,9 +106,11 @@ def place(
         )
     found = study(run, question)
     said = as_format(found.plan, plan_format.value, found.counts.infos)
-    path = out or run / "placement" / f"{_name(found, plan_format)}.json"
+    path = out or run / "placement" / f"{_name(found, plan_format, phase, layers, steps)}.json"
     if path.is_dir():
         raise CommandError(f"--out {path} is a folder: the plan is a file.")
+    if now is not None and path.exists() and path.samefile(now):
+        raise CommandError(f"{path} says where experts lie now: name another file with --out.")
     write_plan(path, said)
     if as_json:
         from moe_lens.replay.placement.said import as_dict
@@ -123,8 +125,10 @@ def place(
     print_study(console, found, str(path), 1e9 * bandwidth, by_layer=by_layer)
 
 
-def _name(found: Study, plan_format: Format) -> str:
-    """eplb-8-ranks-16-replicas-2-nodes, and the format if it is another's."""
+def _name(
+    found: Study, plan_format: Format, phase: str | None, layers: str | None, steps: str | None
+) -> str:
+    """eplb-8-ranks-16-replicas-2-nodes, what of the run it is of, and a format of others."""
     from moe_lens.replay.placement.methods import METHODS
 
     plan = found.plan
@@ -135,6 +139,8 @@ def _name(found: Study, plan_format: Format) -> str:
         words.append(f"{plan.slots - plan.experts}-replicas")
     if plan.nodes > 1:
         words.append(f"{plan.nodes}-nodes")
+    words += [word for word in (phase, layers and f"layers-{layers}") if word]
+    words += [f"steps-{steps}"] if steps else []
     if plan_format is not Format.moe_lens:
         words.append(plan_format.value)
     return "-".join(words)

@@ -98,7 +98,17 @@ def replay_ep(
     from moe_lens.replay.ep.launch import launch, started
 
     if options.nproc is not None and not started():
-        if code := launch(options.nproc, sys.argv[1:]):
+        try:
+            code = launch(options.nproc, sys.argv[1:])
+        except KeyboardInterrupt:
+            where = out.parent if out is not None else run / "replay_ep"
+            typer.echo(
+                f"interrupted: what was measured so far, if anything, is in {where}, in a file "
+                "whose name ends in -interrupted.parquet",
+                err=True,
+            )
+            raise typer.Exit(130) from None
+        if code:
             raise typer.Exit(code)
         return
     if not started():

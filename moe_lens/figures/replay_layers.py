@@ -13,6 +13,8 @@ from moe_lens.figures.text import shown
 from moe_lens.figures.theme import figure
 from moe_lens.numbers import percent
 
+_ENOUGH = 3
+"""Forwards from which on a difference is called one, as `moe-lens replay` has it."""
 _LINES = (
     ("p50_ms", "this routing"),
     ("balanced_ms", "balanced twin"),
@@ -51,6 +53,8 @@ def replay_layers(table: pd.DataFrame) -> go.Figure:
 
 
 def _title(table: pd.DataFrame) -> str:
+    if table["forwards"].max() < _ENOUGH:
+        return "Too few forwards to call a layer more or less than a balanced one"
     ratio = pd.Series(numbers(table, "over_balanced"))
     # Below the noise between two timings of the same work there is no difference to speak of.
     beyond = (ratio - 1).abs() - numbers(table, "noise")

@@ -16,6 +16,8 @@ from moe_lens.terminal.grid import add_numbers, add_row, notes, table
 from moe_lens.terminal.plain import print_plain
 
 _INDENT = 2
+_LABEL = 10
+"""Letters of a placement's name: the widest table has room for no more."""
 
 
 def print_study(
@@ -54,6 +56,7 @@ def print_study(
                 "the layers' means over the layers' maxima, as vLLM prints it; slowest: share of a "
                 f"forward's rows on the slowest ranks, layer by layer (even: {even}), "
                 "percentiles over forwards."
+                + _of_files(every)
                 + (f" max/mean of a fair router, by chance alone: {chance}." if chance else "")
             ),
             _INDENT,
@@ -86,13 +89,21 @@ def _what(study: Study) -> str:
     return text
 
 
+def _of_files(every: list[Candidate]) -> str:
+    if any(of.placement.method.endswith(".json") for of in every):
+        return " A plan from a file may have been fitted to the forwards that judge it."
+    return ""
+
+
 def _layers(study: Study) -> str:
     n = len(study.counts.layers)
     return f"{n} layers" if n > 1 else "one layer"
 
 
 def _label(of: Candidate, study: Study) -> str:
-    return f"{of.placement.method} (now)" if of is study.now else of.placement.method
+    name = of.placement.method.removesuffix(".json")
+    name = name if len(name) <= _LABEL else f"{name[: _LABEL - 1]}…"
+    return f"{name} (now)" if of is study.now else name
 
 
 def _balance(every: list[Candidate], study: Study, phase: str) -> RenderableType:
@@ -192,7 +203,11 @@ def _verdict(study: Study, of: Verdict, bytes_per_s: float) -> list[Text]:
         held = study.now.placement.slots_per_rank * len(study.counts.layers)
         size = of.moved * study.now.bytes_per_rank / held
         rest += f": {_size(int(size))}, {_seconds(size / bytes_per_s)}"
-    rest += "."
+    rest += ". "
+    phases = list(study.now.balance)
+    if len(phases) > 1:
+        rest += f"All phases together, by their rows: --phase {phases[-1]} judges one. "
+    rest += "Rows are not time: moe-lens replay --ep measures that."
     return [said, Text(rest, style="dim")]
 
 

@@ -26,8 +26,8 @@ from moe_lens_dashboards.components.run import OpenRun
 from moe_lens_dashboards.components.show import chart
 from moe_lens_dashboards.components.words import plain
 
-_FORWARDS, _TOKENS = 400, 4_000
-"""What a page looks at, at most: a second or two."""
+_TOKENS = 8_000
+"""Of a layer, where rows per token are read: a second or two."""
 _SHOWN = 120
 """Forwards of a heat map."""
 _LAST = 1 << 62
@@ -93,7 +93,6 @@ def _question(run: OpenRun) -> Question | None:
         phase=filters.phase,
         steps=steps,
         verdict=True,
-        forwards=_FORWARDS,
         tokens=_TOKENS,
     )
 
@@ -152,6 +151,11 @@ def _about(made: Study) -> str:
     text = f"{counts.experts} experts of {len(counts.layers)} layers on {plan.ranks} ranks"
     text += f" of {plan.nodes} nodes" if plan.nodes > 1 else ""
     text += f"; {made.fitted_how}."
+    text += f" What tokens send, and affinity: from about {count(_TOKENS)} tokens of each layer."
+    if len(counts.forwards) < counts.recorded - counts.uncounted:
+        text += (
+            f" {count(len(counts.forwards))} of {count(counts.recorded)} forwards, evenly spread."
+        )
     if counts.uncounted:
         text += f" {count(counts.uncounted)} forwards without counts of their own are left out."
     return text

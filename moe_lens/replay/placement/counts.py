@@ -313,11 +313,19 @@ def _ints(batch: pa.RecordBatch, name: str) -> NDArray[np.int64]:
     return column
 
 
+def _phases(files: RunFiles) -> list[str]:
+    found: set[str] = set()
+    for rank in tables.ranks(files):
+        found.update(tables.rows(files, "steps", rank, ("phase",))["phase"].unique().to_pylist())
+    return sorted(found)
+
+
 def _nothing(files: RunFiles, recorded: int, phase: str | None, steps: range | None) -> str:
     if not recorded:
         where = "" if phase is None else f" of phase {phase!r}"
         where += "" if steps is None else f" of steps {steps.start} to {steps.stop - 1}"
-        return f"{files.path} has no forwards{where}."
+        there = ", ".join(_phases(files))
+        return f"{files.path} has no forwards{where}; its phases are {there}."
     return (
         f"{files.path}: all {recorded:,} forwards share their counts with others (small ones do, "
         "as in decoding), and there are no rows per token to tell them apart. A placement is "

@@ -198,8 +198,8 @@ def read_plan(path: Path) -> Placement:
     """
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        if raw["kind"] != KIND or raw["version"] != 1:
-            raise KeyError("kind")
+        if raw.get("kind") != KIND or raw.get("version") != 1:
+            raise ValueError("it has another kind or version; files for engines are not read")
         rows = [[int(e) for e in layer["slots"]] for layer in raw["layers"]]
         layers = tuple(int(layer["layer"]) for layer in raw["layers"])
         slots_LP = np.array(rows, np.int32)

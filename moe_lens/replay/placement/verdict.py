@@ -174,6 +174,8 @@ def _says(mean: float, low: float, high: float, least: float, windows: int) -> t
     of += f"{_percent(high)}, from {windows} windows)"
     if low > least:
         return "helps", f"{of}: more than the {_percent(least)} asked for."
+    if high < 0:
+        return "does not help", f"{of}: it makes it worse."
     if high < least:
         return "does not help", f"{of}: less than the {_percent(least)} asked for."
     return (

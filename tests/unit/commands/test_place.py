@@ -121,3 +121,25 @@ def test_three_forwards_are_not_enough_evidence(place: Any, tmp_path: Path) -> N
     printed = place(tmp_path / "run", "--ranks", "4", "--verdict").stdout
     assert "train has too few forwards to keep some apart" in printed.replace("\n  ", " ")
     assert "eplb: not enough evidence. 3 forwards are too few" in printed
+
+
+def test_a_plan_is_called_after_its_part_of_the_run_and_never_replaces_the_one_that_lies(
+    place: Any, run: Path
+) -> None:
+    place(run, "--ranks", "8", "--phase", "train", "--layers", "0")
+    path = run / "placement" / "eplb-8-ranks-train-layers-0.json"
+    before = path.read_text()
+    words = ("--ranks", "8", "--phase", "train", "--layers", "0", "--now", str(path))
+    assert "where experts lie now" in place(run, *words, code=2).stderr
+    assert path.read_text() == before
+    printed = place(run, *words, "--out", str(path.with_name("next.json"))).stdout
+    assert max(len(line) for line in printed.splitlines() if "(now)" in line) <= 80
+    assert "may have been fitted to the forwards that judge it" in " ".join(printed.split())
+
+
+def test_files_for_engines_are_not_read_back(place: Any, run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "experts.json"
+    place(run, "--ranks", "2", "--format", "sglang", "--out", str(out))
+    said = place(run, "--ranks", "2", "--method", str(out), code=1).stderr
+    assert "files for engines are not read" in said
+    assert "KeyError" not in said

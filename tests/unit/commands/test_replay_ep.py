@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 from support.traces import write_run
 
+from moe_lens.cli import main
 from moe_lens.commands.replay_ep import Options
 from moe_lens.errors import CommandError
 from moe_lens.replay.ep.all_to_all import PRESETS
@@ -170,3 +171,19 @@ def page(about: dict[str, Any], layers: list[dict[str, Any]], width: int) -> str
     assert max(map(len, out.getvalue().splitlines())) <= width
     assert "…" not in out.getvalue()
     return " ".join(out.getvalue().split())
+
+
+def test_ctrl_c_among_processes_says_where_its_rows_are(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(processes: int, arguments: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moe_lens.replay.ep.launch.launch", interrupted)
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "argv", ["moe-lens", "replay", str(run), "--ep", "2", "--nproc", "2"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+    assert str(run / "replay_ep") in capsys.readouterr().err

@@ -25,6 +25,7 @@ from moe_lens.figures.loss_by_tag import loss_by_tag
 from moe_lens.figures.quality_by_tag import quality_by_tag
 from moe_lens.figures.quality_of_dropped import quality_of_dropped
 from moe_lens.figures.repetition import repetition
+from moe_lens.figures.replay_layers import replay_layers
 from moe_lens.figures.router_over_time import VALUES, router_over_time
 from moe_lens.figures.unserved_by_position import unserved_by_position
 
@@ -277,3 +278,10 @@ def test_all_to_all_sums_over_layers() -> None:
     made = all_to_all(answers()["all_to_all"])
     assert [t.name for t in made.data] == ["dispatch"]
     assert list(made.data[0].y) == [1.5 + 2.5 + 3.5] * len(STEPS)
+
+
+def test_two_forwards_of_a_replay_call_no_layer_costlier() -> None:
+    table = answers()["replay_layers"]
+    assert "costs" in replay_layers(table).layout.title.text
+    few = replay_layers(table.assign(forwards=2)).layout.title.text
+    assert few == "Too few forwards to call a layer more or less than a balanced one"

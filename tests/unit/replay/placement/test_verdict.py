@@ -105,3 +105,12 @@ def test_what_has_to_be_fetched() -> None:
     assert fetched(b, a).tolist() == [[1], [0]]
     with pytest.raises(ReplayError, match="different"):
         fetched(a, placed("contiguous", Group(4), counted(weights_FLE)))
+
+
+def test_what_makes_it_worse_is_said() -> None:
+    counts = counts_of("stationary", 0)
+    now = placed("lpt", ALONE, counts)
+    of = verdict_of(counts, "contiguous", ALONE, now)
+    assert of.says == "does not help"
+    assert "more rows" in of.why
+    assert of.why.endswith("it makes it worse.")
