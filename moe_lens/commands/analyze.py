@@ -44,8 +44,7 @@ def analyze(
     chosen = None if layers is None else frozenset(numbers(layers, "--layers"))
     asked = _asked(only)
 
-    from moe_lens.queries.evidence import one_run
-    from moe_lens.queries.session import open_trace
+    from moe_lens.queries.session import one_run, open_trace
 
     with ends_at_once(), open_trace(run, skip_damaged=skip_damaged) as trace:
         info = one_run(trace)

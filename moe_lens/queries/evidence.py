@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_lens.errors import QueryError
 from moe_lens.metrics.catalogue import Metric
 from moe_lens.metrics.confidence import probabilities
 from moe_lens.metrics.evidence import Evidence
@@ -58,18 +57,6 @@ class _Asked:
     @property
     def outputs(self) -> int:
         return self.info.experts + self.info.zero_experts
-
-
-def one_run(trace: Trace) -> RunInfo:
-    """The run of a trace that has one.
-
-    Raises:
-        QueryError: It has several.
-    """
-    runs = trace.info().runs
-    if len(runs) > 1:
-        raise QueryError(f"This takes one run at a time; got {', '.join(trace.runs)}.")
-    return runs[0]
 
 
 def evidence(

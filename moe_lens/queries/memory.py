@@ -14,7 +14,7 @@ from moe_lens.errors import QueryError
 from moe_lens.metrics.memory import Memory, measure
 from moe_lens.metrics.tokens import Tokens, Unit, tokens_of
 from moe_lens.queries.info import RunInfo
-from moe_lens.queries.session import Trace
+from moe_lens.queries.session import Trace, one_run
 
 if TYPE_CHECKING:
     from moe_lens.trace.meta import LayerInfo
@@ -60,10 +60,7 @@ def memory(
         QueryError: Nothing of this can be measured: no kept rows, no such layer or phase, or
             layers whose experts choose tokens; or the trace has several runs.
     """
-    runs = trace.info().runs
-    if len(runs) > 1:
-        raise QueryError(f"This takes one run at a time; got {', '.join(trace.runs)}.")
-    run = runs[0]
+    run = one_run(trace)
     chosen = _layers(run, layers)
     found = False
     for each in [phase] if phase is not None else run.phases:

@@ -18,7 +18,7 @@ import pyarrow as pa
 from moe_lens.errors import QueryError, TraceError
 from moe_lens.queries.about import unique_names
 from moe_lens.queries.catalog import question, questions
-from moe_lens.queries.info import Info, run_info
+from moe_lens.queries.info import Info, RunInfo, run_info
 from moe_lens.queries.mistakes import explain
 from moe_lens.queries.result import Result
 from moe_lens.queries.views import create_views
@@ -201,3 +201,15 @@ def open_trace(path: PathLike | Iterable[PathLike], *, skip_damaged: bool = Fals
     if not paths:
         raise TraceError("No path given. Name at least one run.")
     return Trace(paths, skip_damaged=skip_damaged)
+
+
+def one_run(trace: Trace) -> RunInfo:
+    """The run of a trace that has one.
+
+    Raises:
+        QueryError: It has several.
+    """
+    runs = trace.info().runs
+    if len(runs) > 1:
+        raise QueryError(f"This takes one run at a time; got {', '.join(trace.runs)}.")
+    return runs[0]

@@ -112,8 +112,13 @@ def in_turns(by_phase: Mapping[str, list[_T]], most: int | None) -> list[_T]:
 def _spread(found: list[_T], most: int | None) -> list[_T]:
     """At most so many, evenly apart, ordered so that every beginning is evenly apart too."""
     n = len(found) if most is None else min(most, len(found))
-    at = [(2 * i + 1) * len(found) // (2 * n) for i in range(n)]
+    at = evenly(len(found), n)
     return [found[at[i]] for i in coarse_first(n)]
+
+
+def evenly(of: int, most: int) -> list[int]:
+    """Places of `most` things, evenly apart, among `of` things."""
+    return [(2 * i + 1) * of // (2 * most) for i in range(most)]
 
 
 def coarse_first(n: int) -> list[int]:

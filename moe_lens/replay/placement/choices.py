@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_lens.replay.choose import Forward
+from moe_lens.replay.choose import Forward, evenly
 from moe_lens.replay.index import Index
 from moe_lens.replay.placement.counts import Counts, rank_forwards
 from moe_lens.replay.routing import Ids, Routed, read
@@ -75,7 +75,7 @@ def _within(forwards: list[list[Forward]], tokens: int) -> list[list[Forward]]:
         return []
     mean = sum(f.tokens for of_ranks in forwards for f in of_ranks) / len(forwards)
     most = max(1, min(len(forwards), round(tokens / max(mean, 1))))
-    return [forwards[(2 * i + 1) * len(forwards) // (2 * most)] for i in range(most)]
+    return [forwards[i] for i in evenly(len(forwards), most)]
 
 
 def _joined(of: list[tuple[int, Routed]]) -> Choices:

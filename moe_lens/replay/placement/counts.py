@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from moe_lens.errors import ReplayError
 from moe_lens.replay import tables
-from moe_lens.replay.choose import Forward
+from moe_lens.replay.choose import Forward, evenly
 from moe_lens.replay.index import Index, index_of, layers_of
 from moe_lens.replay.routing import read
 from moe_lens.trace.meta import LayerInfo
@@ -274,7 +274,7 @@ def _spread(keys: list[Key], most: int | None) -> list[Key]:
     for phase in {key[2] for key in keys}:
         of = [key for key in keys if key[2] == phase]
         n = max(1, most * len(of) // len(keys))
-        kept += [of[(2 * i + 1) * len(of) // (2 * n)] for i in range(n)]
+        kept += [of[i] for i in evenly(len(of), n)]
     return sorted(kept)
 
 

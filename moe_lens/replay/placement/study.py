@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_lens.errors import ReplayError
+from moe_lens.replay.index import Index
 from moe_lens.replay.placement.balance import Balance
 from moe_lens.replay.placement.choices import (
     TOKENS,
@@ -150,14 +151,14 @@ def study(run: str | Path, question: Question) -> Study:
     earlier, later = divided(counts)
     now = _now(files, question, counts)
     rows = rows_of(files, counts.infos)
-    together = together_of(choices_of(rows, earlier, question.tokens), earlier)
+    together = _together(question, rows, earlier) if _wants(question, "affinity") else None
     judged = [m for m in METHODS if _wants(question, m)]
     if together is None and question.method != "affinity":
         judged = [m for m in judged if m != "affinity"]
     placements = [now, *(placed(m, question.group, earlier, together) for m in judged)]
     if question.method in METHODS:
-        rows_of_all = choices_of(rows, counts, question.tokens)
-        plan = placed(question.method, question.group, counts, together_of(rows_of_all, counts))
+        of_all = _together(question, rows, counts) if question.method == "affinity" else None
+        plan = placed(question.method, question.group, counts, of_all)
     else:
         plan = fitted(files, question.method, question.group, counts)
         placements.append(plan)
@@ -165,6 +166,10 @@ def study(run: str | Path, question: Question) -> Study:
     made = [_candidate(placement, later, now, choices, question.dtype) for placement in placements]
     verdict = _verdict(question, counts, now, together) if question.verdict else None
     return Study(counts, earlier, later, made[0], made[1:], plan, verdict)
+
+
+def _together(question: Question, rows: Index | None, counts: Counts) -> NDArray[np.float64] | None:
+    return together_of(choices_of(rows, counts, question.tokens), counts)
 
 
 def _wants(question: Question, method: str) -> bool:

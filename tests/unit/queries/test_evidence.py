@@ -13,8 +13,8 @@ from support.traces import segment, write_run
 
 from moe_lens.metrics.catalogue import METRICS, Measured, measure, metrics
 from moe_lens.metrics.evidence import Evidence
-from moe_lens.queries.evidence import evidence, one_run
-from moe_lens.queries.session import open_trace
+from moe_lens.queries.evidence import evidence
+from moe_lens.queries.session import one_run, open_trace
 from moe_lens.trace.layout import meta_path
 from moe_lens.trace.meta import read_meta, write_meta
 from moe_lens.trace.synthetic import Dead, Hot, Spec, Truth, generate
