@@ -1,9 +1,9 @@
 """The catalogue of routing metrics: what each one is, and the function that computes it.
 
-A metric is a pure function in `balance`, `confidence`, `losses` or `capacity`. Its parameters name
-what it reads, as fields of `Evidence`; what it is stands once, in its decorator and docstring, and
-docs/metrics.md is made from that (`python -m moe_lens.metrics.page`). Functions of counts take any
-leading axes before E, so that their null is the same function on draws of a uniform router.
+A metric is a pure function in the module of its group (`GROUPS`). Its parameters name what it reads,
+as fields of `Evidence`; what it is stands once, in its decorator and docstring, and docs/metrics.md
+is made from that (`python -m moe_lens.metrics.page`). Functions of counts take any leading axes
+before E, so that their null is the same function on draws of a uniform router.
 
 A further metric is a function with this decorator. What it reads that is not there yet is a field
 of `Evidence`, a line of `evidence.DATA`, and a reader in `moe_lens.queries.evidence`.
@@ -15,6 +15,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from moe_lens.metrics.chance import Chance, of_draws
 from moe_lens.metrics.evidence import DATA, Evidence
 
 GROUPS = ("balance", "confidence", "losses", "capacity")
+"""Each a module of metrics."""
 
 _DRAWN = {"counts_E": "draws_RE", "counts_FE": "draws_RFE"}
 """What stands for counts in a null."""
@@ -137,8 +139,8 @@ def metric(
 
 def metrics() -> Mapping[str, Metric]:
     """The whole catalogue, group by group."""
-    from moe_lens.metrics import balance, capacity, confidence, losses  # noqa: F401  (they register)
-
+    for group in GROUPS:
+        import_module(f"moe_lens.metrics.{group}")  # its metrics register themselves
     return {m.name: m for group in GROUPS for m in METRICS.values() if m.group == group}
 
 

@@ -4,7 +4,8 @@ A metric's function names what it reads as its parameters; each is a field or pr
 `Evidence`, and `DATA` says which data it comes from. `moe_lens.queries.evidence` fills them in.
 
 Legend: E experts, Z zero-compute experts, V = E + Z outputs of the router, F forwards, T tokens
-(some, with rows), R draws, P capacity factors.
+(some, with rows), N tokens of whole sequences, one after another, K choices of a token, R draws,
+P capacity factors.
 """
 
 from __future__ import annotations
@@ -70,6 +71,17 @@ DATA = {
     "dropped_TV": Data("W", "no per-token rows with dropped choices"),
     "logits_TV": Data("Z", "no router logits"),
     "prob_TV": Data("Z", "no router logits, and what they mean"),
+    "ids_NK": Data("I", "no per-token rows"),
+    "weights_NK": Data("W", "no gate weights of the router's own choices"),
+    "before_NK": Data("I", "no layer before it in its stream"),
+    "sequence_N": Data("I", "no per-token rows"),
+    "position_N": Data("I", "no per-token rows"),
+    "tag_N": Data("I", "fewer than two tags"),
+    "tags": Data("I", "fewer than two tags"),
+    "token_id_N": Data("I", "no token ids: record with token_ids=True"),
+    "margin_N": Data("I", "no margins of single tokens"),
+    "dropped_N": Data("I", "no dropped choice in the kept rows"),
+    "loss_N": Data("I", "no losses of single tokens: give them to rec.loss"),
     "draws_RE": Data("C", "no choices"),
     "draws_RFE": Data("C", "no counts of single forwards: windows hold several"),
 }  # fmt: skip
@@ -108,6 +120,18 @@ class Evidence:
         dropped_TV: Of the chosen, those that no expert computed; null where nothing was.
         logits_TV: Rounded to bfloat16, as recorded.
         prob_TV: What they mean: softmax, or scores divided by their sum.
+        ids_NK: The router's choices of experts, the largest gate weight first; -1: chose fewer.
+        weights_NK: Their gate weights; 0 where there is no choice.
+        before_NK: The same tokens' choices in the layer before.
+        sequence_N: Number of the token's sequence, from 0 and ascending.
+        position_N: Position in it, ascending.
+        tag_N: Number of its tag in `tags`; two tags at least.
+        tags: Names.
+        token_id_N: Vocabulary id.
+        margin_N: k-th minus next selection score.
+        dropped_N: How many of the token's choices no expert computed; null where nothing was
+            dropped.
+        loss_N: Of the prediction made at the token; NaN where none was given.
         why: For fields that are null, a better reason than `DATA` has.
     """
 
@@ -138,6 +162,17 @@ class Evidence:
     dropped_TV: Bools | None = None
     logits_TV: Floats | None = None
     prob_TV: Floats | None = None
+    ids_NK: Ints | None = None
+    weights_NK: Floats | None = None
+    before_NK: Ints | None = None
+    sequence_N: Ints | None = None
+    position_N: Ints | None = None
+    tag_N: Ints | None = None
+    tags: tuple[str, ...] | None = None
+    token_id_N: Ints | None = None
+    margin_N: Floats | None = None
+    dropped_N: Ints | None = None
+    loss_N: Floats | None = None
     why: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property

@@ -1,7 +1,8 @@
 """`evidence`: what a trace knows of one layer in one phase, for the metrics of the catalogue.
 
 Asks stored questions about that layer, and only those that the metrics asked for need; what is not
-a sum is bounded: 32 forwards (whole steps), 4,096 tokens (whole forwards).
+a sum is bounded: 32 forwards (whole steps), 4,096 tokens (whole forwards), 16,384 tokens of whole
+sequences.
 
 Legend: E experts, V outputs of the router, F forwards, T tokens.
 """
@@ -17,6 +18,8 @@ import numpy as np
 from moe_lens.metrics.catalogue import Metric
 from moe_lens.metrics.confidence import probabilities
 from moe_lens.metrics.evidence import Evidence
+from moe_lens.queries import along
+from moe_lens.queries.memory import previous_layer
 from moe_lens.queries.session import Trace
 
 if TYPE_CHECKING:
@@ -212,6 +215,24 @@ def _rows(asked: _Asked) -> Fields:
     return out | {"why": why}
 
 
+def _along(asked: _Asked) -> Fields:
+    if asked.run.token_rows == 0:
+        return {"why": dict.fromkeys(along.FIELDS, _NO_ROWS)}
+    rows = asked.about_layer("sequence_choices")
+    if rows.empty:
+        return {"why": dict.fromkeys(along.FIELDS, "no per-token rows of this phase")}
+    return along.fields(rows, asked.info.experts)
+
+
+def _before(asked: _Asked) -> Fields:
+    previous = previous_layer(asked.run, asked.info)
+    if previous is None or asked.run.token_rows == 0:
+        return {}
+    rows = asked.about_layer("sequence_choices")
+    of_previous = _Asked(asked.trace, asked.run, previous, asked.phase)
+    return along.before(rows, of_previous.about_layer("sequence_choices"), previous.experts)
+
+
 def _finite(rows: pd.DataFrame) -> tuple[pd.DataFrame, NDArray[np.float64]]:
     """The tokens with logits, and these; -inf masks an expert out, NaN and +inf mean nothing."""
     with_logits = rows[rows["logits"].notna()]
@@ -267,8 +288,10 @@ _READERS: list[tuple[Collection[str], Callable[[_Asked], Fields]]] = [
     (("sweep",), _sweep),
     (("drops_by_position",), _positions),
     (("chosen_TV", "weight_TV", "dropped_TV", "sequence_T", "logits_TV", "prob_TV"), _rows),
+    (along.FIELDS, _along),
+    (("before_NK",), _before),
 ]  # fmt: skip
 """Which fields each question fills in."""
 
-_OF_TOKENS_CHOICES = (_loads, _halves, _forwards, _sweep)
+_OF_TOKENS_CHOICES = (_loads, _halves, _forwards, _sweep, _along, _before)
 """What has no meaning where experts choose their tokens."""

@@ -31,7 +31,7 @@ SUBJECTS = {
     "One expert": (
         "expert_over_time", "expert_tags", "expert_serves", "expert_companions",
     ),
-    "Paths": ("co_activation", "repetition", "layer_transitions"),
+    "Paths": ("co_activation", "repetition", "layer_transitions", "sequence_choices"),
     "Memory": ("token_experts",),
     "Quality": ("loss_by_tag", "quality_by_tag", "quality_of_dropped"),
     "Cost on real kernels": ("replay_layers", "replay_ranks"),

@@ -37,6 +37,8 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # or torchrun says that it does so
+    # A rank says in a line that another is gone; its libraries would warn of it before.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     argv = ["--standalone", f"--nproc-per-node={processes}", "--max-restarts=0"]
     try:
         with _quiet():

@@ -38,7 +38,9 @@ def rebuild(block: nn.Module, call: Call, captured: Captured) -> float | None:
         Largest difference of a token, as a share of its sum of absolute contributions; None for
         a form of experts that is not known here.
     """
-    ids, weights, kept = captured.ids, captured.weights, captured.kept
+    ids, weights = captured.ids, captured.weights
+    # Zaya's skipped choice weighs nothing; asked for it alone, its kernel returns what lay in memory.
+    kept = captured.kept & (weights != 0)
     T, E = len(ids), captured.info.experts
     inputs = call.args[0] if call.args else call.kwargs["hidden_states"]
     form = _called(call.module, E) if call.module is not block else _whole(block)
