@@ -1,9 +1,9 @@
 """The catalogue of routing metrics: what each one is, and the function that computes it.
 
-A metric is a pure function in the module of its group (`GROUPS`). Its parameters name what it reads,
-as fields of `Evidence`; what it is stands once, in its decorator and docstring, and docs/metrics.md
-is made from that (`python -m moe_lens.metrics.page`). Functions of counts take any leading axes
-before E, so that their null is the same function on draws of a uniform router.
+A metric is a pure function in the module of its group (`GROUPS`). Its parameters name what it
+reads, as fields of `Evidence`; what it is stands once, in its decorator and docstring, and
+docs/metrics.md is made from that (`python -m moe_lens.metrics.page`). Functions of counts take any
+leading axes before E, so that their null is the same function on draws of a uniform router.
 
 A further metric is a function with this decorator. What it reads that is not there yet is a field
 of `Evidence`, a line of `evidence.DATA`, and a reader in `moe_lens.queries.evidence`.

@@ -39,7 +39,7 @@ def rebuild(block: nn.Module, call: Call, captured: Captured) -> float | None:
         a form of experts that is not known here.
     """
     ids, weights = captured.ids, captured.weights
-    # Zaya's skipped choice weighs nothing; asked for it alone, its kernel returns what lay in memory.
+    # Zaya's skipped choice weighs nothing; asked for alone, its kernel returns unset memory.
     kept = captured.kept & (weights != 0)
     T, E = len(ids), captured.info.experts
     inputs = call.args[0] if call.args else call.kwargs["hidden_states"]
