@@ -105,14 +105,15 @@ def _phase(
 ) -> dict[str, Any]:
     from moe_lens.metrics.catalogue import measure
     from moe_lens.metrics.catalogued import lacking, sentence
-    from moe_lens.queries.evidence import evidence
+    from moe_lens.queries.evidence import Evidences
 
     rows = []
+    known = Evidences(trace, info, phase, asked, layers)
     for layer in info.layers:
         if layers is None or layer.layer in layers:
             # One layer's arrays at a time.
-            known = evidence(trace, info, layer, phase, asked)
-            found = [measure(each, known) for each in asked]
+            of_layer = known.of(layer)
+            found = [measure(each, of_layer) for each in asked]
             rows.append(
                 {
                     "layer": layer.layer,

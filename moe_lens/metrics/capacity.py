@@ -126,18 +126,15 @@ def dropped_gate_mass(weight_TV: Floats, dropped_TV: Bools) -> float:
     null="1: position has no part in it",
     chance=lambda: Chance(1.0),
 )
-def late_drops(drops_by_position: pd.DataFrame) -> float:
+def late_drops(ids_NK: Ints, dropped_N: Ints, position_N: Ints) -> float:
     """Drop towards the end: a capacity filled in order of position loses late tokens."""
-    rows = drops_by_position
-    end = int(rows["position"].max()) + 1
-    late = rows["position"] >= end - end // 10
-    if end < 10 or not late.any():
+    end = int(position_N.max()) + 1
+    late_N = position_N >= end - end // 10
+    if end < 10 or not late_N.any():
         return float("nan")
-
-    def rate(part: pd.DataFrame) -> float:
-        return float(np.average(part["dropped_rate"], weights=part["tokens"]))
-
-    return rate(rows[late]) / rate(rows)
+    choices_N = (ids_NK >= 0).sum(1)
+    late = dropped_N[late_N].sum() / max(choices_N[late_N].sum(), 1)
+    return float(late / (dropped_N.sum() / choices_N.sum()))
 
 
 @metric(

@@ -64,7 +64,6 @@ DATA = {
     "rank_F": Data("C", "no counts of single forwards: windows hold several"),
     "computed_FE": Data("C", "no counts of single forwards: windows hold several"),
     "sweep": Data("C", "no forwards with counts, or rows, of their own"),
-    "drops_by_position": Data("I", "no per-token rows with dropped choices"),
     "sequence_T": Data("I", "no per-token rows"),
     "chosen_TV": Data("I", "no per-token rows"),
     "weight_TV": Data("W", "no per-token rows"),
@@ -112,8 +111,6 @@ class Evidence:
         rank_F: Its rank.
         capacity_F: Choices that an expert takes, where it is one capacity for the whole forward.
         sweep: `capacity_factor`, `dropped_share`, as the question `capacity_sweep` says.
-        drops_by_position: `position`, `tokens`, `dropped_rate`, as `unserved_by_position` says;
-            null where nothing was dropped.
         sequence_T: Number of each token's sequence, from 0.
         chosen_TV: Whether the router chose the output for the token.
         weight_TV: Gate weights, 0 where not chosen.
@@ -155,7 +152,6 @@ class Evidence:
     rank_F: Ints | None = None
     capacity_F: Ints | None = None
     sweep: pd.DataFrame | None = None
-    drops_by_position: pd.DataFrame | None = None
     sequence_T: Ints | None = None
     chosen_TV: Bools | None = None
     weight_TV: Floats | None = None

@@ -1,6 +1,7 @@
 """The answer of `sequence_choices` as arrays: what a router chose along whole sequences.
 
-Legend: N tokens, K choices of a token, E experts.
+Legend: N tokens, K choices of a token; T the same tokens, or those with logits where some have
+some; E experts, V outputs of the router.
 """
 
 from __future__ import annotations
@@ -9,23 +10,31 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moe_lens.metrics.confidence import probabilities
+
 if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
+    from moe_lens.trace.meta import LayerInfo
+
+_NO_LOGITS = "no router logits of single tokens: record with tokens=1.0 and logits=True"
+
 FIELDS = (
+    "chosen_TV", "weight_TV", "dropped_TV", "sequence_T", "logits_TV", "prob_TV",
     "ids_NK", "weights_NK", "sequence_N", "position_N", "tag_N", "tags", "token_id_N", "margin_N",
     "dropped_N", "loss_N",
 )  # fmt: skip
 """Of `Evidence`."""
 
 
-def fields(rows: pd.DataFrame, experts: int) -> dict[str, Any]:
+def fields(rows: pd.DataFrame, info: LayerInfo) -> dict[str, Any]:
     """What is known of these tokens, as fields of `Evidence`; those that are not are left out."""
-    ids_NK, weights_NK = _choices(rows, experts)
+    ids_NK, weights_NK = _choices(rows, info.experts)
     out: dict[str, Any] = {
+        **_dense(rows, info),
         "ids_NK": ids_NK,
-        "sequence_N": rows.groupby(["rank", "sequence"], sort=False).ngroup().to_numpy(np.int64),
+        "sequence_N": _sequences(rows),
         "position_N": rows["position"].to_numpy(np.int64),
     }
     if weights_NK is not None:
@@ -44,6 +53,66 @@ def fields(rows: pd.DataFrame, experts: int) -> dict[str, Any]:
     return out
 
 
+def _dense(rows: pd.DataFrame, info: LayerInfo) -> dict[str, Any]:
+    """What is said of every output of the router; where there are logits, of tokens with these."""
+    outputs = info.experts + info.zero_experts
+    out: dict[str, Any] = {}
+    why = dict.fromkeys(("logits_TV", "prob_TV"), _NO_LOGITS)
+    if rows["logits"].notna().any():
+        rows, logits_TV = _finite(rows)
+        why = {"prob_TV": "the router's score is unknown: logits have no probabilities"}
+        if len(rows):
+            out["logits_TV"] = logits_TV
+            if info.score is not None:
+                out["prob_TV"] = probabilities(logits_TV, info.score)
+                why = {}
+    out["chosen_TV"] = _marked(_router_ids(rows), outputs) > 0
+    out["weight_TV"] = _marked(rows["expert_ids"], outputs, rows["weights"])
+    dropped_TV = _dropped(rows, outputs)
+    if dropped_TV.any():
+        out["dropped_TV"] = dropped_TV
+    else:
+        why["dropped_TV"] = "no dropped choice in the kept rows"
+    out["sequence_T"] = _sequences(rows)
+    return out | {"why": why}
+
+
+def _finite(rows: pd.DataFrame) -> tuple[pd.DataFrame, NDArray[np.float64]]:
+    """The tokens with logits, and these; -inf masks an expert out, NaN and +inf mean nothing."""
+    with_logits = rows[rows["logits"].notna()]
+    logits_TV = np.stack(with_logits["logits"].to_list()).astype(float)
+    usable_T = ~np.isnan(logits_TV).any(1) & np.isfinite(logits_TV.max(1))
+    return with_logits[usable_T], logits_TV[usable_T]
+
+
+def _marked(
+    ids: pd.Series[Any], outputs: int, weights: pd.Series[Any] | None = None
+) -> NDArray[np.float64]:
+    """`[T, V]`: 1, or the weight, where an output was chosen."""
+    out_TV = np.zeros((len(ids), outputs))
+    at = np.repeat(np.arange(len(ids)), [len(x) for x in ids])
+    flat = 1.0 if weights is None else np.concatenate([*weights, []])
+    np.add.at(out_TV, (at, np.concatenate([*ids, []]).astype(np.int64)), flat)
+    return out_TV
+
+
+def _dropped(rows: pd.DataFrame, outputs: int) -> NDArray[np.bool_]:
+    lost = rows[rows["dropped"].notna()]
+    out_TV = np.zeros((len(rows), outputs), bool)
+    places = np.flatnonzero(rows["dropped"].notna())
+    for at, ids, slots in zip(places, lost["expert_ids"], lost["dropped"], strict=True):
+        out_TV[at, np.asarray(ids)[np.asarray(slots, np.int64)]] = True
+    return out_TV
+
+
+def _router_ids(rows: pd.DataFrame) -> pd.Series[Any]:
+    return rows["router_ids"].where(rows["router_ids"].notna(), rows["expert_ids"])
+
+
+def _sequences(rows: pd.DataFrame) -> NDArray[np.int64]:
+    return np.asarray(rows.groupby(["rank", "sequence"], sort=False).ngroup(), np.int64)
+
+
 def before(rows: pd.DataFrame, previous: pd.DataFrame, experts: int) -> dict[str, Any]:
     """The choices in the layer before, of the same tokens; nothing where rows are lacking."""
     if previous.empty or not np.isin(rows["nth"], previous["nth"]).all():
@@ -57,10 +126,11 @@ def _choices(
     rows: pd.DataFrame, experts: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float64] | None]:
     """Experts and weights, largest weight first; zero-compute experts are none: -1."""
-    sizes_N = np.array([len(x) for x in rows["expert_ids"]], np.int64)
-    ids_NK = _padded(rows["expert_ids"], sizes_N, -1).astype(np.int64)
+    chosen = _router_ids(rows)
+    sizes_N = np.array([len(x) for x in chosen], np.int64)
+    ids_NK = _padded(chosen, sizes_N, -1).astype(np.int64)
     ids_NK[ids_NK >= experts] = -1
-    if rows["weights"].isna().any():
+    if rows["router_ids"].notna().any():  # weights are of other experts
         return ids_NK, None
     weights_NK = np.where(ids_NK < 0, -np.inf, _padded(rows["weights"], sizes_N, 0.0))
     order_NK = np.argsort(-weights_NK, axis=1, kind="stable")

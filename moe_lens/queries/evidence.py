@@ -1,22 +1,21 @@
-"""`evidence`: what a trace knows of one layer in one phase, for the metrics of the catalogue.
+"""`Evidences`: what a trace knows of the layers of a phase, for the metrics of the catalogue.
 
-Asks stored questions about that layer, and only those that the metrics asked for need; what is not
-a sum is bounded: 32 forwards (whole steps), 4,096 tokens (whole forwards), 16,384 tokens of whole
-sequences.
+Asks stored questions, and only those that the metrics asked for need, of several layers at a time,
+since most of what a question costs does not depend on how many. What is not a sum is bounded: 32
+forwards (whole steps), and tokens of whole sequences.
 
-Legend: E experts, V outputs of the router, F forwards, T tokens.
+Legend: E experts, V outputs of the router, F forwards, T, N tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moe_lens.metrics.catalogue import Metric
-from moe_lens.metrics.confidence import probabilities
 from moe_lens.metrics.evidence import Evidence
 from moe_lens.queries import along
 from moe_lens.queries.memory import previous_layer
@@ -30,59 +29,114 @@ if TYPE_CHECKING:
     from moe_lens.trace.meta import LayerInfo
 
 FORWARDS = 32
-TOKENS = 4_096
+BLOCK = 16
+"""Layers that are read at a time."""
+TOKENS = 262_144
+"""Of all layers together; of one layer at least `FEWEST` and at most `MOST`."""
+FEWEST, MOST = 4_096, 16_384
 
 _BY_EXPERTS = "experts choose their tokens here, and are balanced by that"
 _NO_ROWS = "no per-token rows: record with tokens=1.0 (moe-lens record --tokens 1)"
-_NO_LOGITS = "no router logits of single tokens: record with tokens=1.0 and logits=True"
 
 Fields = dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Asked:
-    """One layer of one run in one phase."""
+    """The answers of one phase, of a block of layers each; those of the last blocks are kept."""
 
     trace: Trace
     run: RunInfo
-    info: LayerInfo
     phase: str
+    layers: Sequence[int]
+    answers: dict[tuple[str, int, int, str], pd.DataFrame] = field(default_factory=dict)
 
-    def of_layer(self, question: str, **more: object) -> pd.DataFrame:
-        layer = self.info.layer
-        asked = {"phase": self.phase, "first_layer": layer, "last_layer": layer, **more}
-        return self.trace.query(question, **asked).df()
+    def of(self, info: LayerInfo, question: str, **more: object) -> pd.DataFrame:
+        """The rows of the layer."""
+        first, last = self._block(info.layer)
+        key = (question, first, last, repr(sorted(more.items())))
+        if key not in self.answers:
+            self._forget(first)
+            asked = {"phase": self.phase, "first_layer": first, "last_layer": last, **more}
+            self.answers[key] = self.trace.query(question, **asked).df()
+        found = self.answers[key]
+        return found[found["layer"] == info.layer].reset_index(drop=True)
 
-    def about_layer(self, question: str, **more: object) -> pd.DataFrame:
-        asked = {"phase": self.phase, "layer": self.info.layer, **more}
-        return self.trace.query(question, **asked).df()
+    def tokens(self, info: LayerInfo) -> pd.DataFrame:
+        """The tokens of whole sequences, the same in all layers of a stream."""
+        most = min(max(TOKENS // max(len(self.layers), 1), FEWEST), MOST)
+        return self.of(info, "sequence_choices", most=most)
 
-    @property
-    def outputs(self) -> int:
-        return self.info.experts + self.info.zero_experts
+    def _block(self, layer: int) -> tuple[int, int]:
+        """The layers that are asked for together: those around it that follow each other."""
+        if layer not in self.layers:
+            return layer, layer
+        at = self.layers.index(layer)
+        first = at - at % BLOCK
+        block = self.layers[first : first + BLOCK]
+        return block[0], block[-1]
+
+    def _forget(self, first: int) -> None:
+        """Answers before the layer that comes before this block."""
+        for key in [k for k in self.answers if k[2] < first - 1]:
+            del self.answers[key]
+
+
+def _outputs(info: LayerInfo) -> int:
+    return info.experts + info.zero_experts
+
+
+class Evidences:
+    """What these metrics need to know of the layers of a phase.
+
+    Args:
+        trace: One run.
+        run: What is known of it.
+        phase: Which.
+        metrics: Those that will be measured.
+        layers: Those that will be asked for, one after another; None: all.
+    """
+
+    def __init__(
+        self,
+        trace: Trace,
+        run: RunInfo,
+        phase: str,
+        metrics: Iterable[Metric],
+        layers: Collection[int] | None = None,
+    ) -> None:
+        chosen = [x.layer for x in run.layers if layers is None or x.layer in layers]
+        self._asked = _Asked(trace, run, phase, chosen)
+        self._wanted = {name for each in metrics for name in each.needs}
+
+    def of(self, info: LayerInfo) -> Evidence:
+        """Of one layer."""
+        fields: Fields = {}
+        why: dict[str, str] = {}
+        for names, read in _READERS:
+            if not self._wanted.isdisjoint(names):
+                experts_choose = info.router == "expert-choice" and read in _OF_TOKENS_CHOICES
+                found = (
+                    {"why": dict.fromkeys(names, _BY_EXPERTS)}
+                    if experts_choose
+                    else read(self._asked, info)
+                )
+                why |= found.pop("why", {})
+                fields |= found
+        return Evidence(
+            experts=info.experts, outputs=_outputs(info), top_k=info.top_k, why=why, **fields
+        )
 
 
 def evidence(
     trace: Trace, run: RunInfo, info: LayerInfo, phase: str, metrics: Iterable[Metric]
 ) -> Evidence:
-    """What these metrics need to know of a layer in a phase."""
-    asked = _Asked(trace, run, info, phase)
-    wanted = {name for each in metrics for name in each.needs}
-    fields: Fields = {}
-    why: dict[str, str] = {}
-    for names, read in _READERS:
-        if not wanted.isdisjoint(names):
-            experts_choose = info.router == "expert-choice" and read in _OF_TOKENS_CHOICES
-            found = {"why": dict.fromkeys(names, _BY_EXPERTS)} if experts_choose else read(asked)
-            why |= found.pop("why", {})
-            fields |= found
-    return Evidence(
-        experts=info.experts, outputs=asked.outputs, top_k=info.top_k, why=why, **fields
-    )
+    """What these metrics need to know of one layer in a phase."""
+    return Evidences(trace, run, phase, metrics, [info.layer]).of(info)
 
 
-def _balance(asked: _Asked) -> Fields:
-    row = asked.of_layer("layer_balance").to_dict("records")[0]
+def _balance(asked: _Asked, info: LayerInfo) -> Fields:
+    row = asked.of(info, "layer_balance").to_dict("records")[0]
     answer = _numbers(row)
     needed = answer.get("tokens_needed") or 0
     short = f"too few tokens: with fewer than {needed:,.0f} an expert is missed by chance"
@@ -90,8 +144,8 @@ def _balance(asked: _Asked) -> Fields:
     return {"layer_balance": answer, "tokens": int(row.get("tokens", 0)), "why": why}
 
 
-def _loads(asked: _Asked) -> Fields:
-    rows = asked.of_layer("expert_load")
+def _loads(asked: _Asked, info: LayerInfo) -> Fields:
+    rows = asked.of(info, "expert_load")
     counts_E = rows["routed"].to_numpy(np.int64)
     if not counts_E.sum():
         return {"why": {"counts_E": "no choices by valid tokens in this phase"}}
@@ -99,7 +153,7 @@ def _loads(asked: _Asked) -> Fields:
     chosen = rows[rows["routed"] > 0]
     if chosen["weight_sum"].notna().all():
         out["gate_E"] = rows["weight_sum"].fillna(0.0).to_numpy(float)
-    if asked.info.zero_experts:
+    if info.zero_experts:
         words = "no sums of probabilities of zero-compute experts: expert_load leaves these out"
         return out | {"why": {"prob_V": words}}
     if chosen["prob_sum"].notna().all():
@@ -108,35 +162,35 @@ def _loads(asked: _Asked) -> Fields:
     return out
 
 
-def _halves(asked: _Asked) -> Fields:
-    balance = asked.of_layer("load_over_time", every=asked.run.every())
+def _halves(asked: _Asked, info: LayerInfo) -> Fields:
+    balance = asked.of(info, "load_over_time", every=asked.run.every())
     steps = np.unique(balance["step"].to_numpy(np.int64))
     if len(steps) < 2:
         return {}
     middle = int(steps[len(steps) // 2])
-    first = asked.of_layer("expert_load", last_step=middle - 1)
-    second = asked.of_layer("expert_load", first_step=middle)
+    first = asked.of(info, "expert_load", last_step=middle - 1)
+    second = asked.of(info, "expert_load", first_step=middle)
     return {"counts_HE": np.stack([x["routed"].to_numpy(np.int64) for x in (first, second)])}
 
 
-def _confidence(asked: _Asked) -> Fields:
-    return {"router_confidence": _row(asked.of_layer("router_confidence", by_tag=False))}
+def _confidence(asked: _Asked, info: LayerInfo) -> Fields:
+    return {"router_confidence": _row(asked.of(info, "router_confidence", by_tag=False))}
 
 
-def _drops(asked: _Asked) -> Fields:
-    if asked.info.capacity_policy is None:
+def _drops(asked: _Asked, info: LayerInfo) -> Fields:
+    if info.capacity_policy is None:
         return {"why": {"dropped_tokens": "no capacity: the layer is dropless"}}
-    return {"dropped_tokens": _row(asked.of_layer("dropped_tokens", by_tag=False))}
+    return {"dropped_tokens": _row(asked.of(info, "dropped_tokens", by_tag=False))}
 
 
-def _forwards(asked: _Asked) -> Fields:
-    rows = asked.about_layer("forward_loads", most=FORWARDS)
+def _forwards(asked: _Asked, info: LayerInfo) -> Fields:
+    rows = asked.of(info, "forward_loads", most=FORWARDS)
     if not rows["routed"].sum():
         return {}
     heads = rows.groupby(["step", "rank", "window"], sort=False)
     at_N = heads.ngroup().to_numpy(np.int64)
     head = heads.first().reset_index()
-    E, V = asked.info.experts, asked.outputs
+    E, V = info.experts, _outputs(info)
 
     def dense(name: str) -> NDArray[np.float64]:
         out_FV = np.zeros((len(head), V))
@@ -163,8 +217,8 @@ def _forwards(asked: _Asked) -> Fields:
     return out
 
 
-def _sweep(asked: _Asked) -> Fields:
-    rows = asked.of_layer("capacity_sweep", lowest=0.5, highest=4.0, points=71)
+def _sweep(asked: _Asked, info: LayerInfo) -> Fields:
+    rows = asked.of(info, "capacity_sweep", lowest=0.5, highest=4.0, points=71)
     if rows.empty:
         return {}
     above = "more than 1 % is dropped at a capacity factor of 4 too"
@@ -172,93 +226,20 @@ def _sweep(asked: _Asked) -> Fields:
     return {"sweep": curve, "why": {"capacity_for_1": above}}
 
 
-def _positions(asked: _Asked) -> Fields:
-    if asked.run.token_rows == 0:
-        return {"why": {"drops_by_position": _NO_ROWS}}
-    rows = asked.of_layer("unserved_by_position", width=1)
-    if rows.empty or not rows["dropped"].sum():
-        return {"why": {"drops_by_position": "no dropped choice in the kept rows"}}
-    return {"drops_by_position": rows[["position", "tokens", "dropped_rate"]]}
-
-
-def _rows(asked: _Asked) -> Fields:
-    names = ("chosen_TV", "weight_TV", "dropped_TV", "sequence_T", "logits_TV", "prob_TV")
-    if asked.run.token_rows == 0:
-        return {"why": dict.fromkeys(names, _NO_ROWS)}
-    rows = asked.about_layer("token_choices", most=TOKENS)
-    if rows.empty:
-        return {"why": dict.fromkeys(names, "no per-token rows of this phase")}
-    out: Fields = {}
-    why = dict.fromkeys(("logits_TV", "prob_TV"), _NO_LOGITS)
-    if rows["logits"].notna().any():
-        rows, logits_TV = _finite(rows)
-        known = asked.info.score is not None and len(rows) > 0
-        if len(rows):
-            out["logits_TV"] = logits_TV
-        if known:
-            out["prob_TV"] = probabilities(logits_TV, str(asked.info.score))
-        why = (
-            {}
-            if known
-            else {"prob_TV": "the router's score is unknown: logits have no probabilities"}
-        )
-    chosen = rows["router_ids"].where(rows["router_ids"].notna(), rows["expert_ids"])
-    out["chosen_TV"] = _marked(chosen, asked.outputs) > 0
-    out["weight_TV"] = _marked(rows["expert_ids"], asked.outputs, rows["weights"])
-    dropped_TV = _dropped(rows, asked.outputs)
-    if dropped_TV.any():
-        out["dropped_TV"] = dropped_TV
-    else:
-        why["dropped_TV"] = "no dropped choice in the kept rows"
-    by = rows.groupby(["rank", "sequence"], sort=False)
-    out["sequence_T"] = by.ngroup().to_numpy(np.int64)
-    return out | {"why": why}
-
-
-def _along(asked: _Asked) -> Fields:
+def _tokens(asked: _Asked, info: LayerInfo) -> Fields:
     if asked.run.token_rows == 0:
         return {"why": dict.fromkeys(along.FIELDS, _NO_ROWS)}
-    rows = asked.about_layer("sequence_choices")
+    rows = asked.tokens(info)
     if rows.empty:
         return {"why": dict.fromkeys(along.FIELDS, "no per-token rows of this phase")}
-    return along.fields(rows, asked.info.experts)
+    return along.fields(rows, info)
 
 
-def _before(asked: _Asked) -> Fields:
-    previous = previous_layer(asked.run, asked.info)
+def _before(asked: _Asked, info: LayerInfo) -> Fields:
+    previous = previous_layer(asked.run, info)
     if previous is None or asked.run.token_rows == 0:
         return {}
-    rows = asked.about_layer("sequence_choices")
-    of_previous = _Asked(asked.trace, asked.run, previous, asked.phase)
-    return along.before(rows, of_previous.about_layer("sequence_choices"), previous.experts)
-
-
-def _finite(rows: pd.DataFrame) -> tuple[pd.DataFrame, NDArray[np.float64]]:
-    """The tokens with logits, and these; -inf masks an expert out, NaN and +inf mean nothing."""
-    with_logits = rows[rows["logits"].notna()]
-    logits_TV = np.stack(with_logits["logits"].to_list()).astype(float)
-    usable_T = ~np.isnan(logits_TV).any(1) & np.isfinite(logits_TV.max(1))
-    return with_logits[usable_T], logits_TV[usable_T]
-
-
-def _marked(
-    ids: pd.Series[Any], outputs: int, weights: pd.Series[Any] | None = None
-) -> NDArray[np.float64]:
-    """`[T, V]`: 1, or the weight, where an output was chosen."""
-    out_TV = np.zeros((len(ids), outputs))
-    at = np.repeat(np.arange(len(ids)), [len(x) for x in ids])
-    flat = 1.0 if weights is None else np.concatenate([*weights, []])
-    np.add.at(out_TV, (at, np.concatenate([*ids, []]).astype(np.int64)), flat)
-    return out_TV
-
-
-def _dropped(rows: pd.DataFrame, outputs: int) -> NDArray[np.bool_]:
-    lost = rows[rows["dropped"].notna()]
-    out_TV = np.zeros((len(rows), outputs), bool)
-    places = np.flatnonzero(rows["dropped"].notna())
-    for at, ids, slots in zip(places, lost["expert_ids"], lost["dropped"], strict=True):
-        out_TV[at, np.asarray(ids)[np.asarray(slots, np.int64)]] = True
-    return out_TV
+    return along.before(asked.tokens(info), asked.tokens(previous), previous.experts)
 
 
 def _row(rows: pd.DataFrame) -> dict[str, float | None] | None:
@@ -274,7 +255,7 @@ def _numbers(row: dict[Any, Any]) -> dict[str, float | None]:
     }
 
 
-_READERS: list[tuple[Collection[str], Callable[[_Asked], Fields]]] = [
+_READERS: list[tuple[Collection[str], Callable[[_Asked, LayerInfo], Fields]]] = [
     (("layer_balance", "tokens"), _balance),
     (("counts_E", "prob_V", "gate_E"), _loads),
     (("counts_HE",), _halves),
@@ -286,12 +267,10 @@ _READERS: list[tuple[Collection[str], Callable[[_Asked], Fields]]] = [
         _forwards,
     ),
     (("sweep",), _sweep),
-    (("drops_by_position",), _positions),
-    (("chosen_TV", "weight_TV", "dropped_TV", "sequence_T", "logits_TV", "prob_TV"), _rows),
-    (along.FIELDS, _along),
+    (along.FIELDS, _tokens),
     (("before_NK",), _before),
 ]  # fmt: skip
 """Which fields each question fills in."""
 
-_OF_TOKENS_CHOICES = (_loads, _halves, _forwards, _sweep, _along, _before)
+_OF_TOKENS_CHOICES = (_loads, _halves, _forwards, _sweep, _tokens, _before)
 """What has no meaning where experts choose their tokens."""

@@ -27,7 +27,7 @@ SUBJECTS = {
     "Capacity and drops": (
         "dropped_tokens", "recorded_capacity", "capacity_sweep", "unserved_by_position",
     ),
-    "The router": ("router_confidence", "router_over_time", "near_ties", "token_choices"),
+    "The router": ("router_confidence", "router_over_time", "near_ties"),
     "One expert": (
         "expert_over_time", "expert_tags", "expert_serves", "expert_companions",
     ),

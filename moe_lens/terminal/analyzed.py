@@ -1,8 +1,9 @@
-"""Routing metrics: a row a metric, a column a layer, each value beside chance."""
+"""Routing metrics: a row a metric, beside chance; a column a layer, or what many layers span."""
 
 from __future__ import annotations
 
 import math
+import statistics
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -24,6 +25,10 @@ _EXPLAINED = (
     "(999 of a layer, 199 of its forwards). With many tokens small differences are beyond chance "
     "too: look at the size."
 )
+_SPANNED = (
+    "Of all layers together; chance: the median of theirs. A layer alone, beside its own chance: "
+    "--layers 0, or 0-2."
+)
 
 
 def print_phase(console: Console, phase: Said) -> None:
@@ -35,18 +40,16 @@ def print_phase(console: Console, phase: Said) -> None:
             and `lacking` (what, which metrics and layers), as `commands.analyze` makes them.
     """
     print_plain(console, Text(phase["answer"], style="bold"))
-    each = max(1, (console.width - _NAME - _INDENT) // _CELL)
+    few = len(phase["layers"]) <= max(1, (console.width - _NAME - _INDENT) // _CELL)
     for group in dict.fromkeys(m["group"] for m in phase["catalogue"]):
         rows = [m for m in phase["catalogue"] if m["group"] == group and _has(phase, m["name"])]
-        for first in range(0, len(phase["layers"]) if rows else 0, each):
-            layers = phase["layers"][first : first + each]
-            title = Text(group if first == 0 else f"{group}, continued", style="bold")
-            print_plain(console, "", title)
-            print_plain(console, Padding.indent(_table(rows, layers), _INDENT))
+        if rows:
+            made = _table(rows, phase["layers"]) if few else _spans(rows, phase["layers"])
+            print_plain(console, "", Text(group, style="bold"), Padding.indent(made, _INDENT))
     if phase["lacking"]:
         print_plain(console, "", Text("not computed", style="bold"))
         print_plain(console, Padding.indent(_lacking(phase), _INDENT))
-    print_plain(console, notes(_EXPLAINED), "")
+    print_plain(console, notes(*([] if few else [_SPANNED]), _EXPLAINED), "")
 
 
 def _table(rows: list[Said], layers: list[Said]) -> RenderableType:
@@ -62,6 +65,39 @@ def _cells(cell: Said) -> tuple[str, str]:
     if cell["lacks"]:
         return "–  ", ""
     return f"{number(cell['value'])} {_MARKS[cell['beyond']]}", number(cell["chance"])
+
+
+def _spans(rows: list[Said], layers: list[Said]) -> RenderableType:
+    """Where there are more layers than columns: the lowest, the median, the highest."""
+    made = table("metric")
+    add_numbers(made, "lowest", "layer", "median", "highest", "layer", "chance", "beyond it")
+    for metric in rows:
+        cells = [
+            (x["layer"], cell)
+            for x in layers
+            if not (cell := x["metrics"][metric["name"]])["lacks"]
+        ]
+        values = [(cell["value"], layer) for layer, cell in cells]
+        chances = [
+            c for _, cell in cells if (c := cell["chance"]) is not None and not math.isnan(c)
+        ]
+        (lowest, at_lowest), (highest, at_highest) = min(values), max(values)
+        places = ("", "") if lowest == highest else (str(at_lowest), str(at_highest))
+        add_row(
+            made, metric["name"], number(lowest), places[0],
+            number(statistics.median(v for v, _ in values)), number(highest), places[1],
+            number(statistics.median(chances)) if chances else "", _beyond([c for _, c in cells]),
+        )  # fmt: skip
+    return made
+
+
+def _beyond(cells: list[Said]) -> str:
+    """How many layers are beyond chance, where that was drawn."""
+    if all(cell["chance_high"] is None for cell in cells):
+        return ""
+    marks = [mark for cell in cells if (mark := _MARKS[cell["beyond"]]).strip()]
+    counted = [f"{marks.count(mark)} {mark}" for mark in ("▲", "▼") if mark in marks]
+    return f"{', '.join(counted) or '0'} of {len(cells)}"
 
 
 def number(value: float | None) -> str:

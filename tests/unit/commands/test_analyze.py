@@ -57,8 +57,7 @@ def test_the_page_begins_with_the_answer(run: Path) -> None:
     assert " times the mean (layer 2, 1." in whole
     assert "; 5 dead experts; " in whole
     titles = done.stdout.splitlines()
-    for title in ("balance", "confidence", "losses", "capacity", "balance, continued",
-                  "not computed"):  # fmt: skip
+    for title in ("balance", "confidence", "losses", "capacity", "not computed"):
         assert title in titles
     assert max(map(len, titles)) <= 100
     assert "nan" not in done.stdout
@@ -107,6 +106,33 @@ def test_a_value_stands_beside_chance_with_its_mark(run: Path) -> None:
     (zloss,) = (line.split() for line in page.splitlines() if line.split()[:1] == ["z_loss"])
     assert zloss[-1] == "7.6872"  # (ln 16)^2; no draws, no mark
     assert len(zloss) == 3
+
+
+def test_many_layers_are_one_row_of_what_they_span(run: Path) -> None:
+    page = invoked(run, "--phase", "eval", "--only", "max_share,dead_experts,z_loss")
+    rows = {line.split()[0]: line.split()[1:] for line in page.splitlines() if line.split()}
+    layers = said(run, "--phase", "eval", "--only", "max_share")[0]["layers"]
+    cells = [x["metrics"]["max_share"] for x in layers]
+    values = sorted(cell["value"] for cell in cells)
+    at = {cell["value"]: str(x["layer"]) for cell, x in zip(cells, layers, strict=True)}
+    chance = sorted(cell["chance"] for cell in cells)[2]
+    high = sum(cell["beyond"] == "high" for cell in cells)
+    assert at[values[4]] == "2"  # the planted one
+    assert rows["max_share"] == [
+        f"{values[0]:.4f}", at[values[0]], f"{values[2]:.4f}", f"{values[4]:.4f}", "2",
+        f"{chance:.4f}", str(high), "▲", "of", "5",
+    ]  # fmt: skip
+    assert rows["dead_experts"] == [
+        "1",
+        "1",
+        "1",
+        rows["dead_experts"][3],
+        "5",
+        "▲",
+        "of",
+        "5",
+    ]  # all layers alike
+    assert rows["z_loss"][-1] == "7.6872"  # nothing was drawn, so nothing is beyond it
 
 
 def test_help_gives_examples() -> None:

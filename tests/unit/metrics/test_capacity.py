@@ -126,17 +126,21 @@ def test_four_rates_are_four_numbers() -> None:
     assert np.isnan(capacity.dropped_gate_mass(np.zeros((1, 2)), np.ones((1, 2), bool)))
 
 
-def positions(rates: list[float]) -> pd.DataFrame:
-    return pd.DataFrame(
-        {"position": range(len(rates)), "tokens": 10, "dropped_rate": np.array(rates, float)}
-    )
+def late(dropped_NT: list[list[int]]) -> float:
+    """Of sequences whose tokens each make two choices."""
+    dropped_N = np.concatenate([np.array(x, np.int64) for x in dropped_NT])
+    position_N = np.concatenate([np.arange(len(x)) for x in dropped_NT])
+    ids_NK = np.zeros((len(dropped_N), 3), np.int64)
+    ids_NK[:, 2] = -1
+    return capacity.late_drops(ids_NK, dropped_N, position_N)
 
 
 def test_late_drops() -> None:
-    assert capacity.late_drops(positions([0.2] * 40)) == pytest.approx(1)
-    assert capacity.late_drops(positions([0.0] * 36 + [0.5] * 4)) == pytest.approx(10)
-    assert capacity.late_drops(positions([0.5] * 36 + [0.0] * 4)) == 0
-    assert np.isnan(capacity.late_drops(positions([0.5] * 9)))  # no tenth of nine
+    assert late([[1] * 40, [0] * 40]) == pytest.approx(1)
+    assert late([[0] * 36 + [1] * 4]) == pytest.approx(10)
+    assert late([[1] * 36 + [0] * 4]) == 0
+    assert late([[0] * 38 + [1, 2], [1] * 10]) == pytest.approx((3 / 8) / (13 / 100))
+    assert np.isnan(late([[1] * 9]))  # no tenth of nine
 
 
 def test_filling_by_position_drops_late_tokens() -> None:
@@ -153,9 +157,12 @@ def test_filling_by_position_drops_late_tokens() -> None:
                     lost[name][t] += held[e] >= room
                     held[e] += held[e] < room
     assert lost["position"][: T * k // E].sum() == 0
-    late = {name: capacity.late_drops(positions(list(x / 80))) for name, x in lost.items()}
-    assert late["position"] > 1.5
-    assert late["random"] == pytest.approx(1, abs=0.15)
+    ids_NK, at_N = np.zeros((T, k * 40), np.int64), np.arange(T)
+    found = {
+        name: capacity.late_drops(ids_NK, x.astype(np.int64), at_N) for name, x in lost.items()
+    }
+    assert found["position"] > 1.5
+    assert found["random"] == pytest.approx(1, abs=0.15)
 
 
 @given(forwards, st.integers(1, 16))

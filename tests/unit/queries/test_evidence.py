@@ -201,8 +201,13 @@ def test_padding_and_other_phases_are_not_counted(tmp_path: Path) -> None:
     assert given.counts_E is not None
     assert given.counts_E.tolist() == wanted
     assert given.chosen_TV is not None
-    assert given.chosen_TV.shape == (64, 10)
-    assert given.chosen_TV.sum(0)[:8].tolist() == wanted
+    # Two forwards routed the same positions: the last routing of each, and none of the padding.
+    assert given.chosen_TV.shape == (32, 10)
+    assert given.chosen_TV.sum() == 32 * 2
+    mine = [r for r in written.rows["routing"] if r["layer"] == 0]
+    last = max(r["step"] for r in mine if r["step"] in {x["step"] for x in rows})
+    ids = [r["expert_ids"] for r in mine if r["step"] == last]
+    assert given.chosen_TV.sum(0).tolist() == np.bincount(np.ravel(ids), minlength=10).tolist()
     assert given.counts_FE is not None
     assert given.counts_FE.sum(0).tolist() == wanted
     assert given.outputs == 10
@@ -241,14 +246,14 @@ def test_rejected_drafts_are_no_tokens(tmp_path: Path) -> None:
     path = tmp_path / "run"
     generate(path, Spec(layers=1, steps=1, sequences=2, length=8, logits=True))
     with open_trace(path) as trace:
-        before = len(trace.query("token_choices"))
+        before = len(trace.query("sequence_choices"))
         (first,) = trace.sql("select * from tokens where token = 3").rows()
     where = {k: first[k] for k in ("step", "forward", "sequence", "position")}
     segment(path, "outcomes", [{"attempt": 0, **where, "kept": False}], seq=90)
     with open_trace(path) as trace:
-        rows = trace.query("token_choices").rows()
+        rows = trace.query("sequence_choices").rows()
         assert len(rows) == before - 1 == 15
-        assert 3 not in {row["token"] for row in rows}
+        assert (first["sequence"], 3) not in {(row["sequence"], row["position"]) for row in rows}
         assert all(len(row["logits"]) == 16 for row in rows)
 
 
@@ -260,11 +265,11 @@ def test_how_much_is_looked_at(tmp_path: Path) -> None:
         assert sorted(set(loads["step"])) == [0, 5, 10, 15]  # whole steps, 80 forwards / 16
         assert loads.groupby("step")[["rank", "window"]].nunique().to_numpy().min() == 2
         assert len(trace.query("forward_loads", most=1).df().groupby("step")) == 1
-        rows = trace.query("token_choices", most=40).df()
-        sizes = rows.groupby(["rank", "step", "forward"]).size()
-        assert sizes.tolist() == [16, 16, 16]  # whole forwards, until there are 40
+        rows = trace.query("sequence_choices", most=40).df()
+        sizes = rows.groupby(["rank", "sequence"]).size()
+        assert sizes.tolist() == [8] * 5  # whole sequences, until there are 40
         assert set(rows["step"]) != {0}
-        assert len(trace.query("token_choices", most=None)) == 20 * 2 * 2 * 16
+        assert len(trace.query("sequence_choices", most=None)) == 20 * 2 * 2 * 16
 
 
 def test_forwards_are_drawn_from_the_phase_alone(tmp_path: Path) -> None:
@@ -301,9 +306,9 @@ def test_what_the_router_chose_beside_what_ran(tmp_path: Path) -> None:
     assert given.weight_TV is not None
     assert given.chosen_TV[:, 6:].all()
     assert given.chosen_TV.sum() == 2 * len(given.chosen_TV)
-    # Weights are those of the experts that ran.
+    # Weights are those of the experts that ran, of each position's last routing.
     wanted = np.zeros(8)
-    for row in written.rows["routing"]:
+    for row in written.rows["routing"][-len(given.chosen_TV) :]:
         for expert, weight in zip(row["expert_ids"], row["weights"], strict=True):
             wanted[expert] += weight
     assert given.weight_TV.sum(0).tolist() == wanted.tolist()

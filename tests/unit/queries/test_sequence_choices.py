@@ -17,6 +17,7 @@ from support.token_rows import EXPERTS, PHASES, TAGS, Knobs, World, decisions, g
 
 from moe_lens.queries import along
 from moe_lens.queries.session import open_trace
+from moe_lens.trace.meta import LayerInfo
 
 KNOBS = st.builds(
     Knobs,
@@ -70,18 +71,21 @@ def test_the_rows_are_those_of_a_loop(knobs: Knobs, asked: dict[str, Any]) -> No
         d = made.get((t["rank"], t["attempt"], t["step"], t["forward"], t["token"]))
         if d is None:
             continue
-        others = d["router_ids"] is not None
         kept = {k: t[k] for k in ("rank", "step", "forward", "sequence", "position", "tag")}
         expected.append(
-            {"nth": nth, **kept, "token_id": t.get("token_id"),
-             "expert_ids": d["router_ids"] if others else d["expert_ids"],
-             "weights": None if others else d["weights"], "dropped": d["dropped"],
-             "entropy": d["entropy"], "margin": d["margin"], "loss": lost.get(place(t))}
+            {"layer": asked["layer"], "nth": nth, **kept, "token_id": t.get("token_id"),
+             "expert_ids": d["expert_ids"], "router_ids": d["router_ids"],
+             "weights": d["weights"], "dropped": d["dropped"], "entropy": d["entropy"],
+             "margin": d["margin"], "logits": None, "loss": lost.get(place(t))}
         )  # fmt: skip
+    layer, asked = asked["layer"], {k: v for k, v in asked.items() if k != "layer"}
     with tempfile.TemporaryDirectory() as folder:
         world.save(Path(folder))
         with open_trace(folder) as trace:
-            got = trace.query("sequence_choices", **asked).rows()
+            alone = {"first_layer": layer, "last_layer": layer}
+            got = trace.query("sequence_choices", **asked, **alone).rows()
+            every = trace.query("sequence_choices", **asked).rows()
+    assert got == [row for row in every if row["layer"] == layer]
     for row in got:
         assert row.pop("run") == Path(folder).name
     assert got == expected
@@ -91,10 +95,15 @@ def rows(**columns: Any) -> pd.DataFrame:
     n = len(columns["expert_ids"])
     others: dict[str, Any] = {
         "nth": range(n), "rank": 0, "sequence": 0, "position": range(n), "tag": "code",
-        "token_id": None, "weights": None, "dropped": None, "margin": None, "loss": None,
+        "token_id": None, "router_ids": None, "weights": None, "dropped": None, "margin": None,
+        "logits": None, "loss": None,
     }  # fmt: skip
     made = {k: [v] * n if not isinstance(v, (list, range)) else v for k, v in others.items()}
     return pd.DataFrame(made | columns)
+
+
+def of(experts: int, zero: int = 0) -> LayerInfo:
+    return LayerInfo(0, "layers.0", experts, 2, zero_experts=zero)
 
 
 def arrays(*lists: list[float]) -> list[Any]:
@@ -102,21 +111,24 @@ def arrays(*lists: list[float]) -> list[Any]:
 
 
 def test_the_largest_weight_comes_first_and_what_computes_nothing_is_no_choice() -> None:
-    given = rows(expert_ids=arrays([2, 0, 1], [4, 3], []), weights=arrays([0.2, 0.5, 0.3],
-                 [0.9, 0.1], []))  # fmt: skip
-    known = along.fields(given, experts=4)
+    given = rows(
+        expert_ids=arrays([2, 0, 1], [4, 3], []), weights=arrays([0.2, 0.5, 0.3], [0.9, 0.1], [])
+    )
+    known = along.fields(given, of(4, zero=1))
     assert known["ids_NK"].tolist() == [[0, 1, 2], [3, -1, -1], [-1, -1, -1]]
     assert known["weights_NK"].tolist() == [[0.5, 0.3, 0.2], [0.1, 0, 0], [0, 0, 0]]
-    assert known.keys() == {"ids_NK", "weights_NK", "sequence_N", "position_N"}
+    assert "tag_N" not in known
+    assert "no router logits" in known["why"]["prob_TV"]
 
 
 def test_what_is_known_of_some_tokens_alone() -> None:
-    given = rows(expert_ids=arrays([1], [0], [1]), weights=[np.array([0.5]), None, np.array([0.1])],
+    given = rows(expert_ids=arrays([1], [0], [1]), weights=arrays([0.5], [0.2], [0.1]),
+                 router_ids=[None, np.array([1]), None],
                  sequence=[7, 7, 3], tag=["b", "a", "b"], token_id=[5, 6, None],
                  margin=[0.5, 0.25, 0.0], dropped=[None, np.array([0]), None],
                  loss=[1.5, None, 2.5])  # fmt: skip
-    known = along.fields(given, experts=2)
-    assert known["ids_NK"].tolist() == [[1], [0], [1]]
+    known = along.fields(given, of(2))
+    assert known["ids_NK"].tolist() == [[1], [1], [1]]
     assert "weights_NK" not in known
     assert "token_id_N" not in known
     assert known["sequence_N"].tolist() == [0, 0, 1]
@@ -127,8 +139,10 @@ def test_what_is_known_of_some_tokens_alone() -> None:
 
 
 def test_the_layer_before_has_the_same_tokens_or_none() -> None:
-    here = rows(expert_ids=arrays([1], [0]), nth=[1, 2])
-    there = rows(expert_ids=arrays([3, 2], [5, 0], [1, 4]), nth=[0, 1, 2])
+    here = rows(expert_ids=arrays([1], [0]), weights=arrays([1], [1]), nth=[1, 2])
+    there = rows(
+        expert_ids=arrays([3, 2], [5, 0], [1, 4]), weights=arrays(*[[0.5, 0.5]] * 3), nth=[0, 1, 2]
+    )
     assert along.before(here, there, 5)["before_NK"].tolist() == [[-1, 0], [1, 4]]
     assert along.before(there, here, 5) == {}
     assert along.before(here, there[:0], 5) == {}
