@@ -23,7 +23,7 @@ import numpy as np
 from moe_lens.metrics.chance import Chance, of_draws
 from moe_lens.metrics.evidence import DATA, Evidence
 
-GROUPS = ("balance", "confidence", "losses", "capacity")
+GROUPS = ("balance", "confidence", "losses", "capacity", "quality")
 """Each a module of metrics."""
 
 _DRAWN = {"counts_E": "draws_RE", "counts_FE": "draws_RFE"}

@@ -143,6 +143,6 @@ def test_the_layer_before_has_the_same_tokens_or_none() -> None:
     there = rows(
         expert_ids=arrays([3, 2], [5, 0], [1, 4]), weights=arrays(*[[0.5, 0.5]] * 3), nth=[0, 1, 2]
     )
-    assert along.before(here, there, 5)["before_NK"].tolist() == [[-1, 0], [1, 4]]
+    assert along.before(here, there, 5)["before_NK"].tolist() == [[0, -1], [1, 4]]
     assert along.before(there, here, 5) == {}
     assert along.before(here, there[:0], 5) == {}
