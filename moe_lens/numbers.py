@@ -29,6 +29,16 @@ def decimal(value: float | None, digits: int = 2) -> str:
     return NONE if value is None or math.isnan(value) else f"{value:,.{digits}f}"
 
 
+def digits(value: float | None) -> str:
+    """About four digits that mean something, of a number of any size; nothing: no number."""
+    if value is None or math.isnan(value):
+        return ""
+    if value != 0 and abs(value) < 1e-4:
+        return f"{value:.1e}"
+    places = 0 if value == int(value) or abs(value) >= 1000 else 2 if abs(value) >= 10 else 4
+    return f"{value:,.{places}f}"
+
+
 def times(ratio: float | None) -> str:
     """A ratio, as 2.4×."""
     if ratio is None or math.isnan(ratio):

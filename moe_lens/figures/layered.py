@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from numpy.typing import ArrayLike
 
 from moe_lens.figures.columns import numbers
 
@@ -45,24 +46,38 @@ def layered(
     # The lines come first, and so have the first colours; the band lies below them all the same.
     line(made, known.index, known.median(axis=1), "median layer", form)
     line(made, known.index, known[outstanding], f"layer {outstanding}", form)
-    _band(made, known, form)
+    _range(made, known, form)
 
 
-def _band(made: go.Figure, wide: pd.DataFrame, form: str) -> None:
+def _range(made: go.Figure, wide: pd.DataFrame, form: str) -> None:
     """The range over layers, from the lowest to the highest at each x."""
-    low, high = wide.min(axis=1), wide.max(axis=1)
-    below = {"x": wide.index, "mode": "lines", "line_width": 0, "zorder": -1}
+    name = f"all {len(wide.columns)} layers"
+    band(made, wide.index, wide.min(axis=1), wide.max(axis=1), name, form)
+    made.update_layout(legend_traceorder="normal")
+
+
+def band(made: go.Figure, x: object, low: ArrayLike, high: ArrayLike, name: str, form: str) -> None:
+    """A grey range below the lines, from `low` to `high` at each x.
+
+    Args:
+        made: Gets the traces.
+        x: Positions.
+        low: Its lower edge.
+        high: Its upper edge.
+        name: In the legend and the hover text.
+        form: d3's format of both.
+    """
+    below = {"x": x, "mode": "lines", "line_width": 0, "zorder": -1}
     made.add_scatter(y=low, showlegend=False, hoverinfo="skip", **below)
     made.add_scatter(
         y=high,
         fill="tonexty",
         fillcolor=_BAND,
-        name=f"all {len(wide.columns)} layers",
-        customdata=np.column_stack([low, high]),
+        name=name,
+        customdata=np.stack([np.asarray(low), np.asarray(high)], -1),
         hovertemplate=f"%{{customdata[0]:{form}}} to %{{customdata[1]:{form}}}",
         **below,
     )
-    made.update_layout(legend_traceorder="normal")
 
 
 def line(made: go.Figure, x: object, y: object, name: str, form: str, **more: object) -> None:

@@ -7,11 +7,9 @@ import plotly.graph_objects as go
 
 from moe_lens.figures.blank import blank
 from moe_lens.figures.columns import known, numbers, one_run
-from moe_lens.figures.layered import line
+from moe_lens.figures.layered import band, line
 from moe_lens.figures.theme import figure
 from moe_lens.numbers import count, decimal
-
-_BAND = "rgba(128,136,150,0.22)"
 
 
 def working_set(table: pd.DataFrame) -> go.Figure:
@@ -33,15 +31,12 @@ def working_set(table: pd.DataFrame) -> go.Figure:
     made = figure(
         f"After {count(last['tokens'])} tokens a conversation has touched "
         f"{decimal(last['touched'], 1)} experts (chance: {decimal(last['chance'], 1)})",
-        "Distinct experts of the layer since a sequence began; grey: fewest to most",
+        "Distinct experts of the layer since a sequence began",
     )
     line(made, tokens, numbers(table, "touched"), "mean of sequences", ".3~f")
     line(made, tokens, numbers(table, "chance"), "by chance", ".3~f", line_dash="dash")
-    edge = {"x": tokens, "mode": "lines", "line_width": 0, "hoverinfo": "skip", "zorder": -1}
-    made.add_scatter(y=numbers(table, "low"), showlegend=False, **edge)
-    made.add_scatter(
-        y=numbers(table, "high"), fill="tonexty", fillcolor=_BAND, showlegend=False, **edge
-    )
+    low, high = numbers(table, "low"), numbers(table, "high")
+    band(made, tokens, low, high, "fewest to most", ".3~f")
     made.update_layout(hovermode="x unified")
     made.update_xaxes(title_text="tokens since the sequence began", type="log")
     made.update_xaxes(tickvals=tokens, ticktext=[count(n) for n in tokens])

@@ -10,6 +10,7 @@ from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
+from moe_lens.numbers import digits
 from moe_lens.terminal.grid import add_numbers, add_row, notes, table
 from moe_lens.terminal.plain import print_plain
 
@@ -64,7 +65,7 @@ def _table(rows: list[Said], layers: list[Said]) -> RenderableType:
 def _cells(cell: Said) -> tuple[str, str]:
     if cell["lacks"]:
         return "–  ", ""
-    return f"{number(cell['value'])} {_MARKS[cell['beyond']]}", number(cell["chance"])
+    return f"{digits(cell['value'])} {_MARKS[cell['beyond']]}", digits(cell["chance"])
 
 
 def _spans(rows: list[Said], layers: list[Said]) -> RenderableType:
@@ -84,9 +85,9 @@ def _spans(rows: list[Said], layers: list[Said]) -> RenderableType:
         (lowest, at_lowest), (highest, at_highest) = min(values), max(values)
         places = ("", "") if lowest == highest else (str(at_lowest), str(at_highest))
         add_row(
-            made, metric["name"], number(lowest), places[0],
-            number(statistics.median(v for v, _ in values)), number(highest), places[1],
-            number(statistics.median(chances)) if chances else "", _beyond([c for _, c in cells]),
+            made, metric["name"], digits(lowest), places[0],
+            digits(statistics.median(v for v, _ in values)), digits(highest), places[1],
+            digits(statistics.median(chances)) if chances else "", _beyond([c for _, c in cells]),
         )  # fmt: skip
     return made
 
@@ -98,16 +99,6 @@ def _beyond(cells: list[Said]) -> str:
     marks = [mark for cell in cells if (mark := _MARKS[cell["beyond"]]).strip()]
     counted = [f"{marks.count(mark)} {mark}" for mark in ("▲", "▼") if mark in marks]
     return f"{', '.join(counted) or '0'} of {len(cells)}"
-
-
-def number(value: float | None) -> str:
-    """Four digits that mean something; nothing where there is no number."""
-    if value is None or math.isnan(value):
-        return ""
-    if value != 0 and abs(value) < 1e-4:
-        return f"{value:.1e}"
-    digits = 0 if value == int(value) or abs(value) >= 1000 else 2 if abs(value) >= 10 else 4
-    return f"{value:,.{digits}f}"
 
 
 def _has(phase: Said, name: str) -> bool:

@@ -98,6 +98,7 @@ def answers(
             over_balanced=1.3 - 0.1 * layer,
             noise=0.05,
         )
+        add("beside_chance", layer=layer, value=0.1 * layer, chance=0.1, low=0.05, high=0.15)
         routed = rng.integers(1, 1000, experts)
         if experts > 2:
             routed[1] = 0
@@ -316,10 +317,11 @@ def answers(
 
 
 PLACED = {"rank_load", "rank_slowest", "rank_traffic", "placement_gains"}
-COMPUTED = {"hit_rates", "recall", "growth", "groups", *PLACED}
+COMPUTED = {"beside_chance", "hit_rates", "recall", "growth", "groups", *PLACED}
 """Tables of `moe_lens.metrics` and of placements, not answers of stored questions."""
 
 FIGURES = {
+    "beside_chance": "beside_chance",
     "hit_rates": "hit_rates",
     "prefetch": "recall",
     "working_set": "growth",

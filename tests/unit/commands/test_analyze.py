@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from moe_lens.cli import app
 from moe_lens.errors import MoeLensError
 from moe_lens.metrics.catalogue import metrics
+from moe_lens.numbers import digits
 from moe_lens.queries.session import open_trace
-from moe_lens.terminal.analyzed import number
 from moe_lens.trace.synthetic import Dead, Hot, Spec, generate
 
 
@@ -191,4 +191,4 @@ def test_a_dropless_run_of_counts_alone(tmp_path: Path) -> None:
      (2.5e-5, "2.5e-05"), (None, ""), (float("nan"), "")],
 )  # fmt: skip
 def test_numbers(value: float | None, text: str) -> None:
-    assert number(value) == text
+    assert digits(value) == text
