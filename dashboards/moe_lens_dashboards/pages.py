@@ -47,6 +47,7 @@ VIEWS = (
     View("router", "Router", ":material/alt_route:"),
     View("requests", "Requests", ":material/receipt_long:"),
     View("paths", "Paths", ":material/route:"),
+    View("specialisation", "Specialisation", ":material/category:"),
     View("memory", "Memory", ":material/memory:"),
     View("placement", "Placement", ":material/grid_view:"),
     View("compare", "Compare", ":material/compare_arrows:"),

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from moe_lens.queries.info import RunInfo, phase_order
+from moe_lens.queries.tells_tags import TellsTags, tells_tags
 
 if TYPE_CHECKING:
     from moe_lens.queries.session import Trace
@@ -36,6 +37,8 @@ class Answers:
     replayed: Rows
     """Empty where the run was not replayed."""
     hottest_by: str = field(default="lift")
+    tells_tags: TellsTags | None = None
+    """Null with fewer than two tags, without rows of single tokens, and beside other runs."""
 
     @property
     def phases(self) -> list[str]:
@@ -81,6 +84,7 @@ def gather(trace: Trace, phase: str | None = None) -> list[Answers]:
             health=of(health, info.run),
             replayed=of(replayed, info.run),
             hottest_by=by[info.run],
+            tells_tags=tells_tags(trace, info, phase) if len(infos) == 1 else None,
         )
         for info in infos
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe_lens.numbers import count, percent, times
+from moe_lens.numbers import count, digits, percent, times
 from moe_lens.queries.info import size
 from moe_lens.report.answers import Answers, total
 
@@ -25,6 +25,7 @@ def facts(answers: Answers) -> dict[str, str]:
         "state": info.state,
         "load": _load(answers),
         "drops": _drops(answers),
+        "tags": _tags(answers),
     }
     return {label: text for label, text in found.items() if text}
 
@@ -86,3 +87,20 @@ def _drops(answers: Answers) -> str:
         if routed:
             parts.append(f"{phase} {percent(total(rows, 'dropped') / routed)}")
     return "" if not parts else "dropped choices: " + ", ".join(parts)
+
+
+def _tags(answers: Answers) -> str:
+    """Whether experts specialise by tag, beside tags permuted over the sequences."""
+    most = answers.tells_tags
+    if most is None or most.found.chance is None:
+        return ""
+    chance, value = most.found.chance, most.found.value
+    text = (
+        f"layer {most.layer} of {most.layers} tells them apart most: its experts carry "
+        f"{digits(value)} nats of the tag, {digits(chance.expected)} by chance"
+    )
+    word = "above" if most.found.beyond == "high" else "not above"
+    return (
+        f"{text} ({word} all permutations of tags over sequences; {most.phase}, "
+        f"{count(most.tokens)} tokens)"
+    )

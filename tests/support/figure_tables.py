@@ -98,6 +98,22 @@ def answers(
             over_balanced=1.3 - 0.1 * layer,
             noise=0.05,
         )
+        for i, tag in enumerate(tags):
+            for e in range(experts if layer == 0 else 0):
+                made_by = 200 + 10 * i + e
+                add(
+                    "tag_load",
+                    layer=layer,
+                    tag=tag,
+                    expert=e,
+                    tokens=500,
+                    routed=made_by,
+                    share=made_by / 500,
+                    overall_share=0.4,
+                    lift=made_by / 200,
+                )
+            for other in tags if layer == 0 else ():
+                add("divergences", tag=tag, other=other, divergence=0.0 if tag == other else 0.1)
         add("beside_chance", layer=layer, value=0.1 * layer, chance=0.1, low=0.05, high=0.15)
         routed = rng.integers(1, 1000, experts)
         if experts > 2:
@@ -317,11 +333,13 @@ def answers(
 
 
 PLACED = {"rank_load", "rank_slowest", "rank_traffic", "placement_gains"}
-COMPUTED = {"beside_chance", "hit_rates", "recall", "growth", "groups", *PLACED}
+COMPUTED = {"beside_chance", "divergences", "hit_rates", "recall", "growth", "groups", *PLACED}
 """Tables of `moe_lens.metrics` and of placements, not answers of stored questions."""
 
 FIGURES = {
     "beside_chance": "beside_chance",
+    "tag_divergence": "divergences",
+    "tag_lift": "tag_load",
     "hit_rates": "hit_rates",
     "prefetch": "recall",
     "working_set": "growth",

@@ -21,6 +21,7 @@ from moe_lens.queries.memory import is_chosen_by_token, previous_layer
 from moe_lens_dashboards.components import columns, traces
 from moe_lens_dashboards.components.choose import choose
 from moe_lens_dashboards.components.notices import not_recorded
+from moe_lens_dashboards.components.phase import first_with_rows
 from moe_lens_dashboards.components.run import Asked, OpenRun
 from moe_lens_dashboards.components.show import show
 from moe_lens_dashboards.components.words import plain
@@ -29,8 +30,6 @@ _MOST = 8_192
 """Tokens that a page is made of, so that it stays quick with hundreds of experts."""
 _BATCHES = (2, 4, 8, 16, 32, 64)
 _UNITS = {"token": "a token (batch 1)", "forward": "a forward, with all its kept tokens"}
-_PHASES = ("decode", "prefill", "eval", "train")
-"""The first that has rows is shown where no phase is chosen: they are never mixed."""
 
 
 def page(run: OpenRun) -> None:
@@ -54,7 +53,7 @@ def page(run: OpenRun) -> None:
                       words=lambda name: _UNITS[name])  # fmt: skip
     with right:
         batch = choose("batch", "Sequences in a batch", _BATCHES, 8)
-    found = _asked(run, layer)
+    found = first_with_rows(run, lambda phase: _ask(run, layer, phase))
     if found is None:
         not_recorded("rows in these steps")
         return
@@ -90,19 +89,6 @@ def _ask(run: OpenRun, layer: int, phase: str, by: str = "sequence") -> Asked:
     filters = dataclasses.replace(run.filters, first_layer=None, last_layer=None)
     here = dataclasses.replace(run, filters=filters)
     return here.ask("token_experts", layer=layer, phase=phase, by=by, most=_MOST)
-
-
-def _asked(run: OpenRun, layer: int) -> tuple[str, Asked] | None:
-    """The phase that is shown, and its tokens."""
-    if run.filters.phase is not None:
-        phases = [run.filters.phase]
-    else:
-        phases = sorted(run.info.phases, key=lambda p: (*_PHASES, p).index(p))
-    for phase in phases:
-        asked = _ask(run, layer, phase)
-        if len(asked.table):
-            return phase, asked
-    return None
 
 
 def _before(run: OpenRun, layer: int, phase: str) -> Asked | None:
