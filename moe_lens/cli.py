@@ -13,6 +13,7 @@ import typer
 
 from moe_lens.commands.analyze import analyze
 from moe_lens.commands.cache import cache
+from moe_lens.commands.check import check
 from moe_lens.commands.dashboard import dashboard
 from moe_lens.commands.demo import demo
 from moe_lens.commands.diff import diff
@@ -34,7 +35,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (
-    demo, info, report, dashboard, diff, query, analyze, cache, place, replay, machine, recover,
+    demo, info, report, dashboard, diff, query, analyze, check, cache, place, replay, machine,
+    recover,
 ):  # fmt: skip
     app.command()(command)
 # What stands after SCRIPT is the script's.
@@ -67,6 +69,7 @@ def root(
     moe-lens dashboard traces/run1            look at it in a browser
     moe-lens query traces/run1 "from load"    ask anything in SQL
     moe-lens analyze traces/run1              every metric beside what chance gives
+    moe-lens check traces/run1                alarms; exit code 1 if one fired
     moe-lens cache traces/run1                what a cache of experts would find
     moe-lens replay traces/run1               what its routing costs on this machine
     moe-lens place traces/run1 --ranks 8      which rank should hold which experts

@@ -93,6 +93,12 @@ def selection_bias(router: nn.Module | None, experts: int) -> Tensor | None:
     return None if isinstance(bias, nn.Parameter) else bias
 
 
+def correction_bias(module: nn.Module | None, experts: int) -> Tensor | None:
+    """The selection bias `[E]` in a router, or around one, buffer or parameter, as it is now."""
+    name = _bias(module, experts)
+    return None if name is None else attrgetter(name)(module).detach().reshape(-1)
+
+
 def probabilities(logits_TE: Tensor, score: str) -> Tensor:
     """The router's full distribution."""
     s = _raw(logits_TE, score)

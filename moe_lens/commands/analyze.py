@@ -15,6 +15,7 @@ from moe_lens.numbers import finite
 
 if TYPE_CHECKING:
     from moe_lens.metrics.catalogue import Measured, Metric
+    from moe_lens.metrics.chance import Chance
     from moe_lens.queries.info import RunInfo
     from moe_lens.queries.session import Trace
 
@@ -127,16 +128,44 @@ def _phase(
         {"name": m.name, "group": m.group, "unit": m.unit, "level": m.level} for m in asked
     ]
     said = {"phase": phase, "catalogue": catalogue, "layers": rows}
-    return {"answer": sentence(said), **said, "lacking": lacking(said)}
+    through = _paths(trace, phase, layers) if _all_of("transitions", asked) else []
+    return {"answer": sentence(said), **said, "paths": through, "lacking": lacking(said)}
+
+
+def _all_of(group: str, asked: list[Metric]) -> bool:
+    from moe_lens.metrics.catalogue import metrics
+
+    return {m.name for m in metrics().values() if m.group == group} <= {m.name for m in asked}
+
+
+def _paths(trace: Trace, phase: str, layers: frozenset[int] | None) -> list[dict[str, Any]]:
+    """Paths have no layer: one answer for each stream."""
+    from moe_lens.metrics.paths import sentence
+    from moe_lens.queries.paths import paths
+
+    return [
+        {
+            "stream": stream,
+            "answer": sentence(found),
+            "layers": found.layers,
+            "tokens": found.tokens,
+            "measures": {
+                name: _number(value, found.chance[name]) for name, value in found.values.items()
+            },
+        }
+        for stream, found in paths(trace, phase, layers).items()
+    ]
 
 
 def _said(found: Measured) -> dict[str, Any]:
-    chance = found.chance
+    return {**_number(found.value, found.chance), "beyond": found.beyond, "lacks": found.lacks}
+
+
+def _number(value: float, chance: Chance | None) -> dict[str, Any]:
     return {
-        "value": found.value,
+        "value": value,
         "chance": None if chance is None else chance.expected,
         "chance_low": None if chance is None else chance.low,
         "chance_high": None if chance is None else chance.high,
-        "beyond": found.beyond,
-        "lacks": found.lacks,
+        "beyond": "" if chance is None else chance.beyond(value),
     }

@@ -29,6 +29,13 @@ def diff(
     flips: Annotated[
         int, typer.Option(help="How many of the first differing decisions to list.", min=0)
     ] = 5,
+    match_experts: Annotated[
+        bool,
+        typer.Option(
+            "--match-experts",
+            help="Also match experts by the tokens they serve, for runs of other seeds.",
+        ),
+    ] = False,
     width: Annotated[
         int | None, typer.Option(help="Columns; default: the terminal's, or 100 in a pipe.", min=40)
     ] = None,
@@ -40,6 +47,7 @@ def diff(
     Examples:
       moe-lens diff traces/fp32 traces/bf16
       moe-lens diff traces/rollout traces/trainer --by position
+      moe-lens diff traces/seed0 traces/seed1 --match-experts
     """  # noqa: D301  (\b keeps the lines as they are)
     import sys
 
@@ -51,5 +59,8 @@ def diff(
     if width is None and not sys.stdout.isatty():
         width = 100
     with ends_at_once():
-        found = compare(a, b, by=by.value, phase=phase, flips=flips, skip_damaged=skip_damaged)
+        found = compare(
+            a, b, by=by.value, phase=phase, flips=flips, match_experts=match_experts,
+            skip_damaged=skip_damaged,
+        )  # fmt: skip
         render(found, Console(width=width, highlight=False))

@@ -10,6 +10,7 @@ P capacity factors.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ import pandas as pd
 
 from moe_lens.metrics.balance import Counts
 from moe_lens.metrics.catalogue import metric
-from moe_lens.metrics.chance import Chance, Floats, Ints, of_draws
+from moe_lens.metrics.chance import Chance, Floats, Ints, of_draws, of_forwards_drawn
 from moe_lens.metrics.evidence import Answer, Bools
 
 TILE = 128
@@ -207,10 +208,8 @@ def drop_at_1_25(sweep: pd.DataFrame) -> float:
     group="capacity",
     formula="the smallest capacity factor of the sweep that drops at most 1 % of choices",
     range="0.5 to 4, in steps of 0.05",
-    null="the same of a uniform router",
-    chance=lambda draws_RFE, sweep: of_draws(
-        [smallest(f, d) for f, d in _curves(draws_RFE, sweep)]
-    ),
+    null="drawn: the same of a uniform router",
+    chance=lambda counts_FE, tokens_F, sweep: _of_curves(_smallest, counts_FE, tokens_F, sweep),
 )
 def capacity_for_1(sweep: pd.DataFrame) -> float:
     """The capacity factor that this routing needs."""
@@ -222,8 +221,8 @@ def capacity_for_1(sweep: pd.DataFrame) -> float:
     formula="the capacity factor at which the curve of drops lies deepest under its chord",
     range="0.5 to 4, in steps of 0.05",
     source="Satopaa et al. 2011, Finding a Kneedle in a Haystack",
-    null="1 for a large uniform router: below it drops fall in a straight line",
-    chance=lambda draws_RFE, sweep: of_draws([knee(f, d) for f, d in _curves(draws_RFE, sweep)]),
+    null="drawn: 1 for a large uniform router: below it drops fall in a straight line",
+    chance=lambda counts_FE, tokens_F, sweep: _of_curves(_knees, counts_FE, tokens_F, sweep),
 )
 def capacity_knee(sweep: pd.DataFrame) -> float:
     """The knee: from here on more capacity buys little."""
@@ -249,12 +248,27 @@ def _columns(sweep: pd.DataFrame) -> tuple[Floats, Floats]:
     return sweep["capacity_factor"].to_numpy(float), sweep["dropped_share"].to_numpy(float)
 
 
-def _curves(draws_RFE: Ints, sweep: pd.DataFrame) -> list[tuple[Floats, Floats]]:
-    """The sweep of each of the first draws, at the same factors."""
-    factors = sweep["capacity_factor"].to_numpy(float)
+def _of_curves(
+    function: Callable[..., list[float]], counts_FE: Counts, tokens_F: Ints, sweep: pd.DataFrame
+) -> Chance:
+    counts, factors = np.asarray(counts_FE), _columns(sweep)[0]
+    return of_forwards_drawn(
+        function, tokens_F, counts.sum(1), counts.shape[1], tuple(factors.tolist())
+    )
+
+
+def _smallest(draws_RFE: Ints, factors: tuple[float, ...]) -> list[float]:
+    return [smallest(np.array(factors), dropped) for dropped in _curves(draws_RFE, factors)]
+
+
+def _knees(draws_RFE: Ints, factors: tuple[float, ...]) -> list[float]:
+    return [knee(np.array(factors), dropped) for dropped in _curves(draws_RFE, factors)]
+
+
+def _curves(draws_RFE: Ints, factors: tuple[float, ...]) -> Floats:
+    """The sweep of each of the first draws, `[R, P]`."""
     some = draws_RFE[:50]  # the curve of a uniform router hardly differs from draw to draw
-    dropped_RP = np.stack([dropped_at(some, factor) for factor in factors], -1)
-    return [(factors, dropped) for dropped in dropped_RP]
+    return np.stack([dropped_at(some, factor) for factor in factors], -1)
 
 
 def _at(sweep: pd.DataFrame, factor: float) -> float:

@@ -23,12 +23,45 @@ import numpy as np
 from moe_lens.metrics.chance import Chance, of_draws
 from moe_lens.metrics.evidence import DATA, Evidence
 
-GROUPS = ("balance", "confidence", "losses", "capacity", "quality")
+GROUPS = (
+    "balance",
+    "confidence",
+    "losses",
+    "capacity",
+    "quality",
+    "transitions",
+    "configurations",
+    "specialisation",
+    "coactivation",
+    "locality",
+)
 """Each a module of metrics."""
 
-_DRAWN = {"counts_E": "draws_RE", "counts_FE": "draws_RFE"}
+_DRAWN = {
+    "counts_E": "draws_RE",
+    "counts_FE": "draws_RFE",
+    "sets_M": "set_draws_RM",
+    "counts_GE": "draws_RGE",
+    "tagged_GE": "moved_RGE",
+    "placed_BE": "turned_RBE",
+}
 """What stands for counts in a null."""
-_BEHIND = {"draws_RE": ("counts_E", "tokens"), "draws_RFE": ("counts_FE", "tokens_F")}
+_BEHIND = {
+    "draws_RE": ("counts_E", "tokens"),
+    "draws_RFE": ("counts_FE", "tokens_F"),
+    "moves": ("ids_NK", "before_NK"),
+    "prefetched": ("ids_NK", "before_NK", "sequence_N", "top_k"),
+    "reachable_sets": ("group_limit", "top_k"),
+    "sets_M": ("ids_NK",),
+    "set_draws_RM": ("ids_NK", "group_limit"),
+    "draws_RGE": ("counts_GE", "tokens_G"),
+    "tagged_GE": ("ids_NK", "tag_N", "tags"),
+    "moved_RGE": ("ids_NK", "tag_N", "tags", "sequence_N"),
+    "placed_BE": ("ids_NK", "position_N"),
+    "turned_RBE": ("ids_NK", "position_N", "sequence_N"),
+    "of_ids": ("ids_NK", "token_id_N", "sequence_N"),
+    "given_ids_R": ("ids_NK", "token_id_N", "sequence_N", "tag_N", "tags"),
+}
 """What draws are made of."""
 
 
@@ -164,10 +197,16 @@ def measure(asked: Metric, evidence: Evidence) -> Measured:
     try:
         value = asked.value(evidence)
     except KeyError as e:
-        return Measured(asked, math.nan, lacks=evidence.reason(str(e.args[0])))
+        return Measured(asked, math.nan, lacks=_reason(str(e.args[0]), evidence))
     if math.isnan(value):
         return Measured(asked, value, lacks=_undefined(asked, evidence))
     return Measured(asked, value, asked.by_chance(evidence))
+
+
+def _reason(name: str, evidence: Evidence) -> str:
+    """Why it is null: of what it is made of, the first that is."""
+    null = [each for each in _BEHIND.get(name, ()) if getattr(evidence, each) is None]
+    return evidence.reason(null[0] if null else name)
 
 
 def _undefined(asked: Metric, evidence: Evidence) -> str:

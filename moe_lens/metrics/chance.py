@@ -9,6 +9,7 @@ Legend: ... any leading axes, R draws, F forwards, E experts, J choices a token 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -106,6 +107,38 @@ def draws_of(tokens: int, choices: int, experts: int) -> Ints:
 def draws_of_forwards(tokens_F: Ints, choices_F: Ints, experts: int) -> Ints:
     """`[R, F, E]`: draws of the counts of each forward."""
     return _drawn(tuple(tokens_F.tolist()), tuple(choices_F.tolist()), experts, FORWARD_DRAWS)
+
+
+def of_forwards_drawn(
+    function: Callable[..., ArrayLike],
+    tokens_F: Ints,
+    choices_F: Ints,
+    experts: int,
+    *more: tuple[float, ...],
+) -> Chance:
+    """The chance of a function of draws of forwards; layers that are alike share it.
+
+    Args:
+        function: Of `[R, F, E]` draws and `more`, gives `[R]`; a function of a module, so that it
+            is the same one at each call.
+        tokens_F: Of each forward.
+        choices_F: Of each forward.
+        experts: E.
+        more: What else the function is given.
+    """
+    key = tuple(tokens_F.tolist()), tuple(choices_F.tolist())
+    return _forwards_drawn(function, *key, experts, more)
+
+
+@lru_cache(maxsize=64)
+def _forwards_drawn(
+    function: Callable[..., ArrayLike],
+    tokens: tuple[int, ...],
+    choices: tuple[int, ...],
+    experts: int,
+    more: tuple[tuple[float, ...], ...],
+) -> Chance:
+    return of_draws(function(_drawn(tokens, choices, experts, FORWARD_DRAWS), *more))
 
 
 @lru_cache(maxsize=8)

@@ -5,7 +5,8 @@ A metric's function names what it reads as its parameters; each is a field or pr
 
 Legend: E experts, Z zero-compute experts, V = E + Z outputs of the router, F forwards, T tokens
 (some, with rows), N tokens of whole sequences, one after another, K choices of a token, R draws,
-P capacity factors.
+G tags, B octaves of positions,
+P capacity factors, M how many tokens chose a set of experts.
 """
 
 from __future__ import annotations
@@ -13,12 +14,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from moe_lens.metrics.by_tag import moved_tags, tally
+from moe_lens.metrics.by_token import OfIds, given_ids, moved_positions, octave, of_ids
 from moe_lens.metrics.chance import Floats, Ints, draws_of, draws_of_forwards
+from moe_lens.metrics.moves import Moves, Prefetched, moves, prefetched
+from moe_lens.metrics.pairs import Pairs
+from moe_lens.metrics.sequences import Sequences
+from moe_lens.metrics.subsets import chosen_sets, reachable, set_draws
+
+if TYPE_CHECKING:
+    from moe_lens.metrics.bias import Ranking
 
 Bools = NDArray[np.bool_]
 Answer = Mapping[str, float | None]
@@ -81,6 +92,25 @@ DATA = {
     "margin_N": Data("I", "no margins of single tokens"),
     "dropped_N": Data("I", "no dropped choice in the kept rows"),
     "loss_N": Data("I", "no losses of single tokens: give them to rec.loss"),
+    "counts_GE": Data("C", "fewer than two tags"),
+    "tokens_G": Data("C", "fewer than two tags"),
+    "draws_RGE": Data("C", "fewer than two tags"),
+    "tagged_GE": Data("I", "fewer than two tags"),
+    "moved_RGE": Data("I", "fewer than two tags"),
+    "placed_BE": Data("I", "no per-token rows"),
+    "turned_RBE": Data("I", "no per-token rows"),
+    "of_ids": Data("I", "no token ids: record with token_ids=True"),
+    "given_ids_R": Data("I", "no token ids: record with token_ids=True"),
+    "ranking": Data("C", "no known selection bias"),
+    "moves": Data("I", "no layer before it in its stream"),
+    "prefetched": Data("I", "no layer before it in its stream"),
+    "group_limit": Data("C", "no configuration of the router"),
+    "widths": Data("C", "no widths of the model and of an expert"),
+    "reachable_sets": Data("C", "no fixed number of choices per token"),
+    "sets_M": Data("I", "no per-token rows"),
+    "set_draws_RM": Data("I", "no tokens that all made k choices"),
+    "pairs": Data("I", "no per-token rows"),
+    "sequences": Data("I", "no per-token rows"),
     "draws_RE": Data("C", "no choices"),
     "draws_RFE": Data("C", "no counts of single forwards: windows hold several"),
 }  # fmt: skip
@@ -129,6 +159,11 @@ class Evidence:
         dropped_N: How many of the token's choices no expert computed; null where nothing was
             dropped.
         loss_N: Of the prediction made at the token; NaN where none was given.
+        counts_GE: Choices of each expert by all tokens of a tag; two tags at least.
+        tokens_G: Tokens of each.
+        ranking: How a router with a selection bias would choose without it.
+        group_limit: Groups of experts, and how many of them a token may use; 1 of 1: no limit.
+        widths: Hidden size of the model, and intermediate size of an expert.
         why: For fields that are null, a better reason than `DATA` has.
     """
 
@@ -169,6 +204,11 @@ class Evidence:
     margin_N: Floats | None = None
     dropped_N: Ints | None = None
     loss_N: Floats | None = None
+    counts_GE: Ints | None = None
+    tokens_G: Ints | None = None
+    ranking: Ranking | None = None
+    group_limit: tuple[int, int] | None = None
+    widths: tuple[int, int] | None = None
     why: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
@@ -184,6 +224,111 @@ class Evidence:
         if self.counts_FE is None or self.tokens_F is None:
             return None
         return draws_of_forwards(self.tokens_F, self.counts_FE.sum(1), self.experts)
+
+    @cached_property
+    def moves(self) -> Moves | None:
+        """Where tokens of each expert of the layer before go, as they are and shuffled."""
+        if self.before_NK is None or self.ids_NK is None:
+            return None
+        return moves(self.before_NK, self.ids_NK)
+
+    @cached_property
+    def prefetched(self) -> Prefetched | None:
+        """What k prefetched experts are worth."""
+        if self.before_NK is None or self.ids_NK is None or self.sequence_N is None:
+            return None
+        if self.top_k is None:
+            return None
+        return prefetched(self.before_NK, self.ids_NK, self.sequence_N, self.experts, self.top_k)
+
+    @cached_property
+    def reachable_sets(self) -> int | None:
+        """How many sets of k experts the router can choose."""
+        if self.top_k is None or self.group_limit is None:
+            return None
+        return reachable(self.experts, self.top_k, *self.group_limit) or None
+
+    @cached_property
+    def sets_M(self) -> Ints | None:
+        """How many different sets of experts were chosen by m tokens of `ids_NK`."""
+        return None if self.ids_NK is None else chosen_sets(self.ids_NK)
+
+    @cached_property
+    def pairs(self) -> Pairs | None:
+        """Experts that one token of `ids_NK` chose together."""
+        return None if self.ids_NK is None else Pairs(self.ids_NK, self.experts)
+
+    @cached_property
+    def sequences(self) -> Sequences | None:
+        """The tokens of `ids_NK` along their sequences."""
+        ids_NK, sequence_N, position_N = self.ids_NK, self.sequence_N, self.position_N
+        if ids_NK is None or sequence_N is None or position_N is None:
+            return None
+        return Sequences(ids_NK, sequence_N, position_N, self.experts)
+
+    @cached_property
+    def set_draws_RM(self) -> Ints | None:
+        """The same of a router to which all sets that it can reach are alike."""
+        ids_NK, sets = self.ids_NK, self.reachable_sets
+        if ids_NK is None or not sets or ((ids_NK >= 0).sum(1) != self.top_k).any():
+            return None
+        return set_draws(len(ids_NK), sets)
+
+    @cached_property
+    def draws_RGE(self) -> Ints | None:
+        """The same by tag."""
+        if self.counts_GE is None or self.tokens_G is None:
+            return None
+        return draws_of_forwards(self.tokens_G, self.counts_GE.sum(1), self.experts)
+
+    @cached_property
+    def tagged_GE(self) -> Ints | None:
+        """Choices of each expert by the N tokens, by tag."""
+        if self.ids_NK is None or self.tag_N is None or self.tags is None:
+            return None
+        return tally(self.tag_N, self.ids_NK, len(self.tags), self.experts)
+
+    @cached_property
+    def moved_RGE(self) -> Floats | None:
+        """The same with the tags permuted over the sequences."""
+        if self.ids_NK is None or self.tag_N is None or self.tags is None:
+            return None
+        if self.sequence_N is None:
+            return None
+        return moved_tags(self.ids_NK, self.tag_N, self.sequence_N, len(self.tags), self.experts)
+
+    @cached_property
+    def placed_BE(self) -> Ints | None:
+        """Choices of each expert by the N tokens, by octave of their position."""
+        if self.ids_NK is None or self.position_N is None:
+            return None
+        octave_N = octave(self.position_N)
+        return tally(octave_N, self.ids_NK, int(octave_N.max(initial=-1)) + 1, self.experts)
+
+    @cached_property
+    def turned_RBE(self) -> Ints | None:
+        """The same with each sequence's choices turned by a random stretch."""
+        if self.ids_NK is None or self.position_N is None or self.sequence_N is None:
+            return None
+        return moved_positions(self.ids_NK, self.position_N, self.sequence_N, self.experts)
+
+    @cached_property
+    def of_ids(self) -> OfIds | None:
+        """What token ids say about experts, as they are and moved."""
+        if self.ids_NK is None or self.token_id_N is None or self.sequence_N is None:
+            return None
+        return of_ids(self.ids_NK, self.token_id_N, self.sequence_N, self.experts)
+
+    @cached_property
+    def given_ids_R(self) -> Floats | None:
+        """What a tag says about experts beyond the id, as it is (0) and with the tags permuted."""
+        if self.ids_NK is None or self.token_id_N is None or self.sequence_N is None:
+            return None
+        if self.tag_N is None or self.tags is None:
+            return None
+        return given_ids(
+            self.ids_NK, self.token_id_N, self.sequence_N, self.tag_N, len(self.tags), self.experts
+        )
 
     def reason(self, name: str) -> str:
         """Why the field is null."""

@@ -21,16 +21,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_lens.metrics import bias
 from moe_lens.metrics.balance import Counts, cv2, shares
 from moe_lens.metrics.catalogue import metric
-from moe_lens.metrics.chance import Chance, Floats, Ints, draws_of_forwards, of_draws
-from moe_lens.metrics.evidence import Answer
+from moe_lens.metrics.chance import Chance, Floats, Ints, of_draws, of_forwards_drawn
+from moe_lens.metrics.evidence import Answer, Bools
 
 _SWITCH = "Switch Transformer (Fedus et al., arXiv 2101.03961), eq. 4 to 6"
 _QIU = "Qiu et al. 2025, arXiv 2501.11873"
 _NULL = (
-    "between 1 (undecided) and 1 + (1 - k/E) / mu (all probability on the choices), mu of one "
-    "group; shown is the upper end"
+    "drawn: between 1 (undecided) and 1 + (1 - k/E) / mu (all probability on the choices), mu of "
+    "one group; shown is the upper end"
 )
 
 
@@ -66,9 +67,20 @@ def _certain(draws_RE: Counts) -> Chance:
     return _upper(of_draws(balancing(draws_RE, draws_RE)))
 
 
-def _certain_by_group(draws_RFE: Counts, tokens_F: Ints, group_F: NDArray[Any]) -> Chance:
-    certain = balancing_by_group(draws_RFE, shares(draws_RFE), tokens_F, group_F)
-    return _upper(of_draws(certain))
+def _certain_by_group(counts_FE: Counts, tokens_F: Ints, group_F: NDArray[Any]) -> Chance:
+    group = np.unique(group_F, axis=0, return_inverse=True)[1].ravel()
+    counts = np.asarray(counts_FE, np.int64)
+    return _upper(
+        of_forwards_drawn(
+            _grouped, tokens_F, counts.sum(1), counts.shape[1], tuple(tokens_F), tuple(group)
+        )
+    )
+
+
+def _grouped(draws_RFE: Ints, tokens: tuple[int, ...], group: tuple[int, ...]) -> Any:
+    """Of a router that puts all probability on what it chooses, in groups of forwards."""
+    certain_RFE = shares(draws_RFE)
+    return balancing_by_group(draws_RFE, certain_RFE, np.array(tokens), np.array(group))
 
 
 def _upper(chance: Chance) -> Chance:
@@ -108,9 +120,8 @@ def switch_loss_k(counts_E: Counts, prob_V: Floats, top_k: int) -> Any:
 
 def _sequences_by_chance(chosen_TV: Any, sequence_T: Ints, experts: int) -> Chance:
     tokens_G = np.bincount(sequence_T)
-    counts_GE = _by_sequence(chosen_TV, sequence_T)[:, :experts].astype(np.int64)
-    draws_RGE = draws_of_forwards(tokens_G, counts_GE.sum(1), experts)
-    return _certain_by_group(draws_RGE, tokens_G, np.arange(len(tokens_G)))
+    counts_GE = _by_sequence(chosen_TV, sequence_T)[:, :experts]
+    return _certain_by_group(counts_GE, tokens_G, np.arange(len(tokens_G)))
 
 
 @_loss(
@@ -131,8 +142,8 @@ def switch_loss_sequence(
 @_loss(
     formula="mean over forwards of E sum f_i P_i, of the forward",
     source=_QIU,
-    chance=lambda draws_RFE, tokens_F: _certain_by_group(
-        draws_RFE, tokens_F, np.arange(len(tokens_F))
+    chance=lambda counts_FE, tokens_F: _certain_by_group(
+        counts_FE, tokens_F, np.arange(len(tokens_F))
     ),
 )
 def switch_loss_micro(counts_FE: Counts, prob_FV: Floats, tokens_F: Ints) -> Any:
@@ -144,8 +155,8 @@ def switch_loss_micro(counts_FE: Counts, prob_FV: Floats, tokens_F: Ints) -> Any
 @_loss(
     formula="mean over (step, rank) of E sum f_i P_i, of all its forwards",
     source=_QIU,
-    chance=lambda draws_RFE, tokens_F, step_F, rank_F: _certain_by_group(
-        draws_RFE, tokens_F, np.stack([step_F, rank_F], 1)
+    chance=lambda counts_FE, tokens_F, step_F, rank_F: _certain_by_group(
+        counts_FE, tokens_F, np.stack([step_F, rank_F], 1)
     ),
 )
 def switch_loss_rank(
@@ -159,7 +170,7 @@ def switch_loss_rank(
 @_loss(
     formula="mean over steps of E sum f_i P_i, of all ranks and forwards of the step",
     source=_QIU,
-    chance=lambda draws_RFE, tokens_F, step_F: _certain_by_group(draws_RFE, tokens_F, step_F),
+    chance=lambda counts_FE, tokens_F, step_F: _certain_by_group(counts_FE, tokens_F, step_F),
 )
 def switch_loss_global(counts_FE: Counts, prob_FV: Floats, tokens_F: Ints, step_F: Ints) -> Any:
     """Imbalance of a global batch."""
@@ -167,13 +178,18 @@ def switch_loss_global(counts_FE: Counts, prob_FV: Floats, tokens_F: Ints, step_
     return balancing_by_group(counts_FE, prob_FE, tokens_F, step_F)
 
 
-def _gap_by_chance(draws_RFE: Counts, tokens_F: Ints, step_F: Ints) -> Chance:
-    certain_RFE = shares(draws_RFE)
-    each = np.arange(len(tokens_F))
-    micro, whole = (
-        balancing_by_group(draws_RFE, certain_RFE, tokens_F, group) for group in (each, step_F)
+def _gap_by_chance(counts_FE: Counts, tokens_F: Ints, step_F: Ints) -> Chance:
+    counts = np.asarray(counts_FE)
+    return _upper(
+        of_forwards_drawn(
+            _gap, tokens_F, counts.sum(1), counts.shape[1], tuple(tokens_F), tuple(step_F)
+        )
     )
-    return _upper(of_draws(micro - whole))
+
+
+def _gap(draws_RFE: Ints, tokens: tuple[int, ...], steps: tuple[int, ...]) -> Any:
+    micro = _grouped(draws_RFE, tokens, tuple(range(len(tokens))))
+    return micro - _grouped(draws_RFE, tokens, steps)
 
 
 @metric(
@@ -181,8 +197,8 @@ def _gap_by_chance(draws_RFE: Counts, tokens_F: Ints, step_F: Ints) -> Chance:
     formula="switch_loss_micro - switch_loss_global = E sum Cov(f_i, P_i) within a step",
     range="0 at one forward a step; below E/k - 1",
     source=_QIU,
-    null="between 0 and the same of a uniform router with all probability on its choices; shown is "
-    "the upper end",
+    null="drawn: between 0 and the same of a uniform router with all probability on its choices; "
+    "shown is the upper end",
     chance=_gap_by_chance,
 )
 def scope_gap(counts_FE: Counts, prob_FV: Floats, tokens_F: Ints, step_F: Ints) -> Any:
@@ -237,6 +253,26 @@ def _equal_weights(counts_E: Counts, tokens: int, experts: int) -> Chance:
 def importance_cv2(gate_E: Floats) -> Any:
     """Shazeer's importance loss: the gate-weighted load. It and load_cv2 can disagree."""
     return cv2(gate_E)
+
+
+def _within_rounding(logits_TV: Floats, chosen_TV: Bools, ranking: bias.Ranking) -> Chance:
+    near_T = bias.unsure(logits_TV, chosen_TV, ranking)
+    return Chance(0.0, None, float(near_T.mean())) if len(near_T) else Chance(0.0)
+
+
+@metric(
+    group="losses",
+    formula="share of tokens with topk(s + b) other than topk(s), group limits alike in both",
+    range="0 to 1",
+    source="loss-free balancing (Wang et al., arXiv 2408.15664)",
+    null="between 0 and the share of tokens whose boundary is within the bfloat16 of recorded "
+    "logits; shown is 0",
+    chance=_within_rounding,
+)
+def bias_changed(ranking: bias.Ranking, logits_TV: Floats, chosen_TV: Bools) -> float:
+    """What balance without a loss costs: tokens sent to experts that their router ranks lower."""
+    changed_T = bias.changed(logits_TV, chosen_TV, ranking)
+    return float(changed_T.mean()) if len(changed_T) else float("nan")
 
 
 def _of_experts(prob_V: Floats, counts_E: Counts) -> Floats:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 
+from moe_lens.metrics.by_tag import PERMUTATIONS
 from moe_lens.metrics.catalogue import GROUPS, Metric, metrics
 from moe_lens.metrics.chance import DRAWS, FORWARD_DRAWS
 from moe_lens.metrics.evidence import LEVELS
@@ -40,10 +41,13 @@ expert i. C choices that an expert takes. Logarithms are natural.
 A router that draws each token's k experts uniformly, all sets alike, tokens independent of each
 other. Then n_i has the mean mu and the variance mu (1 - k/E), whatever the group limits of a
 router. Where the page says *drawn*, the metric is computed on {DRAWS} such draws of the layer's
-counts ({FORWARD_DRAWS} of its forwards'), with as many tokens and choices: `chance` is their
-mean, ▲ or ▼ a value beyond all of them (by chance one in {DRAWS + 1}, or {FORWARD_DRAWS + 1}, on
-either side). Else it is the value named; of these only dead experts, and a correlation beyond its
-limits, are marked.
+counts ({FORWARD_DRAWS} of its forwards'), with as many tokens and choices. Where it says
+*permuted*, *moved*, *turned* or *shuffled*, the recorded choices stay as they are, or keep every
+expert's load, and what the metric looks for is taken out of them, {PERMUTATIONS} times: tags change
+places between sequences, ids between tokens, tokens between places. `chance` is the mean of these,
+▲ or ▼ a value beyond all of them (by chance one in {DRAWS + 1}, or {FORWARD_DRAWS + 1}, on either
+side). Else it is the value named; of these only dead experts, and a correlation beyond its limits,
+are marked.
 
 - Tokens of one text are alike, so real counts scatter more than these even where a router prefers
   no expert. And with many tokens a small difference is beyond chance too: look at its size.
@@ -61,9 +65,10 @@ limits, are marked.
 
 Sums of the router's probability and of gate weights in `load` keep 11 mantissa bits, so that what
 is made of them is right to about 0.02 %. Metrics of single forwards look at about 32 of them
-(whole steps, drawn evenly), those of single tokens at about 4,096 (whole forwards). Shared
-experts are in no number; zero-compute experts only in p. Where a layer has some, P of a whole
-phase is not known (`expert_load` leaves them out), nor what is made of it.
+(whole steps, drawn evenly), those of single tokens at whole sequences, drawn evenly: about 4,096
+tokens of a layer, up to 16,384 where layers are few. Shared experts are in no number; zero-compute
+experts only in p. Where a layer has some, P of a whole phase is not known (`expert_load` leaves
+them out), nor what is made of it.
 
 A layer in which experts choose their tokens is balanced by that: what is made of choices is not
 computed there. Phases, padding, rejected drafts, copies of ranks and recomputed forwards are kept
@@ -88,7 +93,7 @@ def markdown() -> str:
 
 def _row(m: Metric) -> str:
     span = f"{m.range}, {m.unit}" if m.unit else m.range
-    of_draws = m.drawn or not m.needs.isdisjoint(("draws_RE", "draws_RFE"))
+    of_draws = not m.needs.isdisjoint(("draws_RE", "draws_RFE", "draws_RGE"))
     chance = f"drawn: {m.null}" if of_draws else m.null
     cells = (f"`{m.name}`", m.formula, span, m.level, m.diagnoses, chance, m.source)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

@@ -43,22 +43,29 @@ def recall(tokens: Tokens, first: int, before: Tokens | None = None) -> pd.DataF
     experts = tokens.experts
     sizes = np.arange(1, experts + 1)
     out = pd.DataFrame({"size": sizes})
+    for name in PREDICTORS:
+        placed = places(name, tokens, first, before)
+        found = np.bincount(placed, minlength=experts).cumsum()
+        out[name] = found / (len(placed) or np.nan)
+    return out.assign(chance=sizes / experts)
+
+
+def places(predictor: str, tokens: Tokens, first: int, before: Tokens | None = None) -> Ints:
+    """Where each choice from token `first` on stands in the predictor's order, 0 the first.
+
+    Token after token, as `recall` says; none where there was nothing to fit on, or to predict from.
+    """
     scored = tokens.since(first)
     fitted = tokens.until(first)
-    place_E = popularity(fitted.chosen.expert_ids, experts)
+    place_E = popularity(fitted.chosen.expert_ids, tokens.experts)
     order = np.argsort(place_E)
-    nothing = np.empty(0, np.int64)
-    places = {
-        "popularity": place_E[scored.chosen.expert_ids] if first else nothing,
-        "prefix": _ranks(scored.chosen.touched(), _prefixes(tokens)[first:], order),
-        "last_layer": nothing,
-    }
-    if before is not None and first > 0:
-        places["last_layer"] = _by_last_layer(fitted, scored, before, order)
-    for name in PREDICTORS:
-        found = np.bincount(places[name], minlength=experts).cumsum()
-        out[name] = found / (len(places[name]) or np.nan)
-    return out.assign(chance=sizes / experts)
+    if predictor == "prefix":
+        return _ranks(scored.chosen.touched(), _prefixes(tokens)[first:], order)
+    if first > 0 and predictor == "popularity":
+        return place_E[scored.chosen.expert_ids]
+    if first > 0 and predictor == "last_layer" and before is not None:
+        return _by_last_layer(fitted, scored, before, order)
+    return np.empty(0, np.int64)
 
 
 def transitions(before: Tokens, tokens: Tokens) -> NDArray[np.float64]:

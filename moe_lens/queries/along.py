@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moe_lens.metrics.bias import ranking
 from moe_lens.metrics.confidence import probabilities
 
 if TYPE_CHECKING:
@@ -23,19 +24,20 @@ _NO_LOGITS = "no router logits of single tokens: record with tokens=1.0 and logi
 FIELDS = (
     "chosen_TV", "weight_TV", "dropped_TV", "sequence_T", "logits_TV", "prob_TV",
     "ids_NK", "weights_NK", "sequence_N", "position_N", "tag_N", "tags", "token_id_N", "margin_N",
-    "dropped_N", "loss_N",
+    "dropped_N", "loss_N", "ranking", "pairs", "sequences",
 )  # fmt: skip
 """Of `Evidence`."""
 
 
 def fields(rows: pd.DataFrame, info: LayerInfo) -> dict[str, Any]:
     """What is known of these tokens, as fields of `Evidence`; those that are not are left out."""
-    ids_NK, weights_NK = _choices(rows, info.experts)
+    ids_NK, weights_NK = choices(rows, info.experts)
     out: dict[str, Any] = {
         **_dense(rows, info),
         "ids_NK": ids_NK,
         "sequence_N": _sequences(rows),
         "position_N": rows["position"].to_numpy(np.int64),
+        "ranking": ranking(info.selection, info.groups, info.top_groups),
     }
     if weights_NK is not None:
         out["weights_NK"] = weights_NK
@@ -113,35 +115,45 @@ def _sequences(rows: pd.DataFrame) -> NDArray[np.int64]:
     return np.asarray(rows.groupby(["rank", "sequence"], sort=False).ngroup(), np.int64)
 
 
+def by_tag(rows: pd.DataFrame, experts: int) -> dict[str, Any]:
+    """The answer of `tag_load` for one layer as fields; nothing where there is one tag."""
+    tags = len(rows) // experts
+    if tags < 2:
+        return {}
+    counts_GE = rows["routed"].to_numpy(np.int64).reshape(tags, experts)
+    return {"counts_GE": counts_GE, "tokens_G": rows["tokens"].to_numpy(np.int64)[::experts]}
+
+
 def before(rows: pd.DataFrame, previous: pd.DataFrame, experts: int) -> dict[str, Any]:
     """The choices in the layer before, of the same tokens; nothing where rows are lacking."""
     if previous.empty or not np.isin(rows["nth"], previous["nth"]).all():
         return {}
-    ids_NK, _ = _choices(previous, experts)
+    ids_NK, _ = choices(previous, experts)
     at_N = np.searchsorted(previous["nth"].to_numpy(), rows["nth"].to_numpy())
     return {"before_NK": ids_NK[at_N]}
 
 
-def _choices(
+def choices(
     rows: pd.DataFrame, experts: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float64] | None]:
     """Experts and weights, largest weight first; zero-compute experts are none: -1."""
     chosen = _router_ids(rows)
     sizes_N = np.array([len(x) for x in chosen], np.int64)
-    ids_NK = _padded(chosen, sizes_N, -1).astype(np.int64)
+    ids_NK = padded(chosen, sizes_N, -1).astype(np.int64)
     ids_NK[ids_NK >= experts] = -1
     if rows["router_ids"].notna().any():  # weights are of other experts
         return ids_NK, None
-    weights_NK = np.where(ids_NK < 0, -np.inf, _padded(rows["weights"], sizes_N, 0.0))
+    weights_NK = np.where(ids_NK < 0, -np.inf, padded(rows["weights"], sizes_N, 0.0))
     order_NK = np.argsort(-weights_NK, axis=1, kind="stable")
     ids_NK = np.take_along_axis(ids_NK, order_NK, 1)
     weights_NK = np.take_along_axis(weights_NK, order_NK, 1)
     return ids_NK, np.where(ids_NK < 0, 0.0, weights_NK)
 
 
-def _padded(
+def padded(
     lists: pd.Series[Any], sizes_N: NDArray[np.int64], filling: float
 ) -> NDArray[np.float64]:
+    """Lists of unlike lengths as rows, each filled up at its end."""
     out_NK = np.full((len(sizes_N), int(sizes_N.max(initial=0))), filling, float)
     out_NK[np.arange(out_NK.shape[1]) < sizes_N[:, None]] = np.concatenate([*lists, []])
     return out_NK

@@ -1,20 +1,25 @@
 """`diff`: how two runs of the same tokens route differently.
 
 Two engines, two precisions, two checkpoints. The numbers come from the stored questions
-diff_tokens, diff_layers and diff_flips, over a session with both runs.
+diff_tokens, diff_layers, diff_flips and diff_choices, over a session with both runs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from moe_lens.errors import TraceError
+from moe_lens.metrics.matching import Matched, match
+from moe_lens.queries.along import padded
 from moe_lens.queries.session import Trace, open_trace
 
 if TYPE_CHECKING:
     import pandas as pd
+    from numpy.typing import NDArray
 
 By = Literal["token", "position"]
 
@@ -30,6 +35,8 @@ class Difference:
         layers: One row per layer; columns as the question diff_layers says.
         flips: The first decisions that differ, by sequence, position and layer; columns as the
             question diff_flips says.
+        matched: Of each layer, how runs agree once experts are matched by the tokens that they
+            serve; empty: that was not asked for. None: too few tokens.
         rounded: A run keeps gate weights rounded to bf16, so differences of up to 2^-8 relative may
             be of the storage.
     """
@@ -41,6 +48,7 @@ class Difference:
     layers: pd.DataFrame
     flips: pd.DataFrame
     rounded: bool
+    matched: dict[int, Matched | None] = field(default_factory=dict)
 
     @property
     def flip_rate(self) -> float:
@@ -72,6 +80,7 @@ def diff(
     by: By = "token",
     phase: str | None = None,
     flips: int = 20,
+    match_experts: bool = False,
     skip_damaged: bool = False,
 ) -> Difference:
     """Compare the routing of two runs of the same tokens.
@@ -84,6 +93,8 @@ def diff(
             position, as when one run decoded token by token and the other took whole sequences.
         phase: Only tokens of this phase.
         flips: How many of the first differing decisions to list.
+        match_experts: Also match the experts of each layer by the tokens that they serve, as
+            runs of other seeds need.
         skip_damaged: Leave out segments that cannot be read.
 
     Raises:
@@ -111,7 +122,29 @@ def diff(
         listed = trace.query("diff_flips", **asked, top=flips).df()
         runs = trace.table("runs").df()
         rounded = bool((runs["weights"] != "exact").any())
-        return Difference(name_a, name_b, by, tokens, layers, listed, rounded)
+        matched = _matched(trace, asked) if match_experts else {}
+        return Difference(name_a, name_b, by, tokens, layers, listed, rounded, matched)
+
+
+def _matched(trace: Trace, asked: dict[str, str | None]) -> dict[int, Matched | None]:
+    """Of each layer: its experts matched on half of the sequences, judged on the other half."""
+    layers = trace.table("moe_layers").df()
+    found = {}
+    for row in layers[layers["run"] == asked["a"]].to_dict("records"):
+        layer, experts = int(row["layer"]), int(row["experts"])
+        one = {"first_layer": layer, "last_layer": layer}
+        tokens = trace.query("diff_choices", **asked, **one).df()
+        sequence_N = np.asarray(tokens.groupby(["rank", "sequence"]).ngroup(), np.int64)
+        a_NK, b_NK = (_choices(tokens[name], experts) for name in ("ids_a", "ids_b"))
+        found[layer] = match(a_NK, b_NK, experts, sequence_N)
+    return found
+
+
+def _choices(lists: pd.Series[Any], experts: int) -> NDArray[np.int64]:
+    """`[N, K]`; -1: chose fewer, or an expert that computes nothing."""
+    sizes_N = np.array([len(x) for x in lists], np.int64)
+    ids_NK = padded(lists, sizes_N, -1).astype(np.int64)
+    return np.where(ids_NK < experts, ids_NK, -1)
 
 
 def _same_experts(trace: Trace, a: str, b: str) -> None:

@@ -15,6 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moe_lens.metrics import (
+    coactivation,
+    configurations,
+    locality,
+    quality,
+    specialisation,
+    transitions,
+)
 from moe_lens.metrics.catalogue import Metric
 from moe_lens.metrics.evidence import Evidence
 from moe_lens.queries import along
@@ -31,12 +39,20 @@ if TYPE_CHECKING:
 FORWARDS = 32
 BLOCK = 16
 """Layers that are read at a time."""
-TOKENS = 262_144
+TOKENS = 196_608
 """Of all layers together; of one layer at least `FEWEST` and at most `MOST`."""
 FEWEST, MOST = 4_096, 16_384
 
 _BY_EXPERTS = "experts choose their tokens here, and are balanced by that"
 _NO_ROWS = "no per-token rows: record with tokens=1.0 (moe-lens record --tokens 1)"
+_UNDEFINED = (
+    specialisation.UNDEFINED
+    | coactivation.UNDEFINED
+    | locality.UNDEFINED
+    | configurations.UNDEFINED
+    | transitions.UNDEFINED
+    | quality.UNDEFINED
+)
 
 Fields = dict[str, Any]
 
@@ -232,7 +248,26 @@ def _tokens(asked: _Asked, info: LayerInfo) -> Fields:
     rows = asked.tokens(info)
     if rows.empty:
         return {"why": dict.fromkeys(along.FIELDS, "no per-token rows of this phase")}
-    return along.fields(rows, info)
+    found = along.fields(rows, info)
+    return found | {"why": _UNDEFINED | found["why"]}
+
+
+def _configuration(asked: _Asked, info: LayerInfo) -> Fields:
+    out: Fields = {}
+    if info.hidden_size and info.intermediate_size:
+        out["widths"] = (info.hidden_size, info.intermediate_size)
+    groups, top_groups = info.groups or 1, info.top_groups or info.groups or 1
+    if info.zero_experts:
+        lacks = "tokens that choose zero-compute experts have sets of other sizes"
+    elif info.experts % groups or top_groups > groups:
+        lacks = f"{groups} groups of {info.experts} experts, of which a token uses {top_groups}"
+    else:
+        return out | {"group_limit": (groups, top_groups)}
+    return out | {"why": {"group_limit": lacks}}
+
+
+def _tags(asked: _Asked, info: LayerInfo) -> Fields:
+    return {"why": _UNDEFINED, **along.by_tag(asked.of(info, "tag_load"), info.experts)}
 
 
 def _before(asked: _Asked, info: LayerInfo) -> Fields:
@@ -268,9 +303,11 @@ _READERS: list[tuple[Collection[str], Callable[[_Asked, LayerInfo], Fields]]] = 
     ),
     (("sweep",), _sweep),
     (along.FIELDS, _tokens),
+    (("group_limit", "widths"), _configuration),
+    (("counts_GE", "tokens_G"), _tags),
     (("before_NK",), _before),
 ]  # fmt: skip
 """Which fields each question fills in."""
 
-_OF_TOKENS_CHOICES = (_loads, _halves, _forwards, _sweep, _tokens, _before)
+_OF_TOKENS_CHOICES = (_loads, _halves, _forwards, _sweep, _tokens, _tags, _before)
 """What has no meaning where experts choose their tokens."""

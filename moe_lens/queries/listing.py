@@ -21,8 +21,8 @@ SUBJECTS = {
         "recent",
     ),
     "Load and balance": (
-        "load_map", "expert_load", "layer_balance", "load_over_time", "dead_experts",
-        "hottest_experts", "forward_loads",
+        "load_map", "expert_load", "layer_balance", "load_over_time", "loads_over_time",
+        "dead_experts", "hottest_experts", "forward_loads", "tag_load",
     ),
     "Capacity and drops": (
         "dropped_tokens", "recorded_capacity", "capacity_sweep", "unserved_by_position",
@@ -36,7 +36,7 @@ SUBJECTS = {
     "Quality": ("loss_by_tag", "quality_by_tag", "quality_of_dropped"),
     "Cost on real kernels": ("replay_layers", "replay_ranks"),
     "Requests": ("requests", "request_load", "request_tokens"),
-    "Two runs of the same tokens": ("diff_tokens", "diff_layers", "diff_flips"),
+    "Two runs of the same tokens": ("diff_tokens", "diff_layers", "diff_flips", "diff_choices"),
 }  # fmt: skip
 """Which question stands where on the page; those that no subject names come last."""
 

@@ -21,10 +21,10 @@ _NAME, _CELL = 24, 19
 """Columns that a name, and a layer, take."""
 _MARKS = {"high": "▲", "low": "▼", "": " "}
 _EXPLAINED = (
-    "chance: a router that draws experts uniformly, with as many tokens and choices, tokens "
-    "independent of each other; or the value named in docs/metrics.md. ▲ ▼: beyond all such draws "
-    "(999 of a layer, 199 of its forwards). With many tokens small differences are beyond chance "
-    "too: look at the size."
+    "chance: as docs/metrics.md says for each metric: a router that draws experts uniformly, with "
+    "as many tokens and choices, independent of each other; the recorded choices with tags, ids or "
+    "tokens permuted; or one value. ▲ ▼: beyond all draws (999 of a layer, 199 of its forwards, "
+    "199 permutations). With many tokens small differences are beyond chance too: look at the size."
 )
 _SPANNED = (
     "Of all layers together; chance: the median of theirs. A layer alone, beside its own chance: "
@@ -38,7 +38,8 @@ def print_phase(console: Console, phase: Said) -> None:
     Args:
         console: Where to.
         phase: `answer`, `catalogue` (name, group, unit, level), `layers` (layer, metrics by name)
-            and `lacking` (what, which metrics and layers), as `commands.analyze` makes them.
+            `paths` (stream, answer) and `lacking` (what, which metrics and layers), as
+            `commands.analyze` makes them.
     """
     print_plain(console, Text(phase["answer"], style="bold"))
     few = len(phase["layers"]) <= max(1, (console.width - _NAME - _INDENT) // _CELL)
@@ -47,6 +48,9 @@ def print_phase(console: Console, phase: Said) -> None:
         if rows:
             made = _table(rows, phase["layers"]) if few else _spans(rows, phase["layers"])
             print_plain(console, "", Text(group, style="bold"), Padding.indent(made, _INDENT))
+    for each in phase["paths"]:
+        print_plain(console, "", Text("paths", style="bold"))
+        print_plain(console, Padding.indent(Text(f"{each['stream']}: {each['answer']}"), _INDENT))
     if phase["lacking"]:
         print_plain(console, "", Text("not computed", style="bold"))
         print_plain(console, Padding.indent(_lacking(phase), _INDENT))

@@ -28,6 +28,8 @@ def render(found: Difference, console: Console) -> None:
     title = Text(f"moe_lens · {found.a} and {found.b}", style="bold")
     parts: list[RenderableType] = [Rule(title, align="left"), Padding.indent(_heading(found), 2)]
     parts += _section("By layer", _layers(found, console.width - 2))
+    if found.matched:
+        parts += _section("Experts matched by the tokens they serve", _matched(found))
     if len(found.flips):
         parts += _section("The first decisions that differ", _flips(found))
     print_plain(console, *parts)
@@ -98,6 +100,33 @@ def _layers(found: Difference, width: int) -> RenderableType:
             'that. record(..., weights="exact") keeps them whole.'
         )
     return Group(made, notes(*texts))
+
+
+def _matched(found: Difference) -> RenderableType:
+    made = table("layer")
+    add_numbers(made, "tokens", "same\nnumber", "\nchance", "matched", "\nchance", "\nhighest")
+    add_numbers(made, "renumbered")
+    for layer, match in found.matched.items():
+        if match is None:
+            add_row(made, f"{layer}", "too few")
+            continue
+        moved = int((match.expert_E != range(len(match.expert_E))).sum())
+        add_row(
+            made, f"{layer}", count(match.tokens), decimal(match.before, 4),
+            decimal(match.before_by_chance, 4),
+            Text(decimal(match.after, 4), style="bold yellow" if match.beyond else ""),
+            decimal(match.after_by_chance, 4), decimal(match.high, 4), count(moved),
+        )  # fmt: skip
+    return Group(
+        made,
+        notes(
+            "Overlap |A and B| / k of experts of the same number, and of matched ones. Matched on "
+            "every second sequence, counted on the others: what matching finds in noise is not in "
+            "these numbers. chance: routers of these loads that know nothing of each other; "
+            "highest: of 99 shifts of one run's tokens. renumbered: experts of "
+            f"{found.a} that match another number in {found.b}."
+        ),
+    )
 
 
 def _flips(found: Difference) -> RenderableType:

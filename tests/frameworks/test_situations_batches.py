@@ -114,6 +114,7 @@ def collated(**options):
 
 @pytest.mark.parametrize("form", ["positions", "lengths", "said", "both"])
 def test_packed_sequences(model, tmp_path, form):
+    """Pitfall 16: texts in one row are sequences of their own, whoever says where they begin."""
     batch = collated(return_flash_attn_kwargs=form in ("lengths", "both"))
     said = {}
     if form == "lengths":

@@ -39,6 +39,7 @@ class Head(nn.Module):
 
 
 def test_heads_have_streams_of_their_own(tmp_path):
+    """Pitfall 11."""
     torch.manual_seed(0)
     model = WithHeads().eval()
     ids = torch.randint(0, 32, (2, 6))

@@ -34,6 +34,7 @@ def all_of(ran):
     ids=["reentrant", "not reentrant", "offloaded activations"],
 )
 def test_recomputation_is_no_second_decision(ids, tmp_path, reentrant, around):
+    """Pitfall 2."""
     model = build("qwen3_moe").train()
     model.activation_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()

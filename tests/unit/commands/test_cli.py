@@ -20,7 +20,7 @@ from support.replayed import write as write_replay
 from support.traces import segment, stream, write_run
 
 COMMANDS = ("demo", "record", "info", "report", "query", "recover", "dashboard", "diff",
-            "replay", "machine", "cache", "place", "analyze")  # fmt: skip
+            "replay", "machine", "cache", "place", "analyze", "check")  # fmt: skip
 
 
 def moe_lens(*words: object, **more: object) -> subprocess.CompletedProcess[str]:

@@ -130,6 +130,8 @@ def _nan_first(x):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_recomputing_a_checkpoint_is_not_a_second_decision(reentrant, run):
+    """Pitfall 2."""
+
     class Checkpointed(TinyModel):
         def forward(self, input_ids):
             x = self.embed(input_ids)

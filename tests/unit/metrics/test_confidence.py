@@ -90,6 +90,7 @@ def test_margins() -> None:
 
 
 def test_near_ties_are_of_the_size_of_bfloat16() -> None:
+    """Pitfall 14."""
     assert confidence.bf16_step(np.array([2.0, 3.99, -2.5, 4.0, 1.0])) == pytest.approx(
         [0.015625, 0.015625, 0.015625, 0.03125, 0.0078125]
     )
