@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -33,7 +34,8 @@ def analyze(
 ) -> None:
     """Routing metrics of each layer, beside what a router that draws uniformly would show.
 
-    Balance, confidence, losses and capacity. Marks what chance does not explain, and says which
+    Balance, confidence, losses, capacity, quality, specialisation, and which experts go together, in a
+    layer, along a text and from layer to layer. Marks what chance does not explain, and says which
     metrics could not be computed and what would have to be recorded. docs/metrics.md defines them.
 
     \b
@@ -42,6 +44,8 @@ def analyze(
       moe-lens analyze traces/run1 --only balance --phase eval
       moe-lens analyze traces/run1 --only max_vio,z_loss --layers 0-3 --json
     """  # noqa: D301  (\b keeps the lines as they are)
+    # The matrices here are small: threads of their own would wait for each other, at full load.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     chosen = None if layers is None else frozenset(numbers(layers, "--layers"))
     asked = _asked(only)
 

@@ -56,8 +56,7 @@ def co_activation(
     chosen_E = np.diag(together_EE)
     if mode == "release":
         beside = [ids_NK[:, at : at + 2] for at in range(ids_NK.shape[1] - 1)]
-        both = [x_N2[(x_N2 >= 0).all(1)] for x_N2 in beside]  # -1 has no neighbour
-        together_EE = pair_counts(np.concatenate([*both, np.empty((0, 2), np.int64)]), experts)
+        together_EE = pair_counts(np.concatenate([*beside, np.empty((0, 2), np.int64)]), experts)
     elif mode != "paper":
         raise ValueError(f"mode is paper or release; got {mode!r}")
     share_EE = np.full((experts, experts), np.nan)

@@ -149,7 +149,7 @@ class Pairs:
         back_RP += back_RE.take(j_P, axis=1)
         back_RP *= free_P.astype(np.float32)
         far_RP -= back_RP
-        far_RP += np.where(goal_P > 0, mean_P, self.together_P).astype(np.float32)
+        far_RP += mean_P.astype(np.float32)
         return far_RP
 
 

@@ -122,6 +122,21 @@ def test_moving_ids_keeps_loads_and_counts() -> None:
     assert lookup.information[1:].max() < 0.2 * lookup.most
 
 
+def test_what_lasts_along_a_text_is_no_lookup() -> None:
+    """Ids and choices come in stretches, of which neither knows: shuffled tokens would differ."""
+    beyond = 0
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        sequence = np.repeat(np.arange(12), 80)
+        token_id = np.repeat(rng.integers(0, 10, 12 * 8), 10)
+        chosen = np.repeat(rng.integers(0, 6, (12 * 8, 1)), 10, axis=0)
+        found = of_ids(chosen, token_id, sequence, 6)
+        beyond += found.information[0] > found.information[1:].max()
+        shuffled = of_ids(chosen, rng.permutation(token_id), sequence, 6)
+        assert found.information[0] > shuffled.information.max()
+    assert beyond <= 2
+
+
 def test_expected_largest_share_is_that_of_draws_from_the_load() -> None:
     """Independent choices: the null's mean is E[max of n_x draws from the load], by simulation."""
     rng = np.random.default_rng(1)
@@ -147,9 +162,12 @@ def test_the_most_frequent_ids_stand_for_all(monkeypatch: pytest.MonkeyPatch) ->
     assert found.max_share[0] == pytest.approx(wanted["max_share"], abs=1e-12)
 
 
+@pytest.mark.parametrize("turns", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-def test_what_tags_say_beyond_ids_is_that_of_a_loop(seed: int) -> None:
+def test_what_tags_say_beyond_ids_is_that_of_a_loop(seed: int, turns: bool) -> None:
     chosen, token_id, sequence, tag = tokens(seed)
+    if turns:  # tags take turns within a sequence
+        tag = np.random.default_rng(seed).integers(0, 3, len(tag))
     count = Counter(token_id.tolist())
     share: dict[int, dict[int, float]] = defaultdict(lambda: defaultdict(float))
     for x, row in zip(token_id.tolist(), chosen.tolist(), strict=True):

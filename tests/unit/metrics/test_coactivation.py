@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from support.planted import layer_of
@@ -53,6 +53,7 @@ def padded(tokens: list[list[int]]) -> NDArray[np.int64]:
     return ids
 
 
+@settings(deadline=None)
 @given(tokens_of_some)
 def test_shares_of_all_pairs_and_of_neighbours(tokens: list[list[int]]) -> None:
     paper, release = (co_activation(padded(tokens), 5, mode) for mode in ("paper", "release"))
@@ -84,6 +85,7 @@ def test_the_released_script_counts_k_over_2_times_fewer() -> None:
         co_activation(ids, 64, "olmoe")  # type: ignore[arg-type]
 
 
+@settings(deadline=None)
 @given(tokens_of_some)
 def test_how_two_experts_go_together(tokens: list[list[int]]) -> None:
     rows = associations(padded(tokens), 5).to_dict("records")
@@ -166,7 +168,8 @@ def test_loads_alone_are_within_the_null(skew: float) -> None:
 
 
 def test_values_are_those_of_loops() -> None:
-    ids = random(300, 10, 3, 1.6, 4)
+    # Two rare experts, always together: of so few tokens nothing is concluded.
+    ids = np.vstack([random(300, 8, 3, 1.0, 4), [[8, 9, 0]] * 12])
     pairs, rows = Pairs(ids, 10), associations(ids, 10)
     n, total = pairs.chosen_E, len(ids)
     shares, lifts, far = [], [], 0.0
@@ -175,8 +178,8 @@ def test_values_are_those_of_loops() -> None:
         shares += [both / n[e] for e in (i, j) if n[e] >= FEWEST]
         lifts += [row["lift"]] if n[i] * n[j] / total >= EXPECTED else []
         far += abs(both - row["expected"])
-    assert n.min() < FEWEST  # or the test says nothing of rare experts
-    assert len(lifts) < len(rows)
+    assert max(shares) < 1
+    assert max(lifts) < rows["lift"].max()
     result = found(ids, 10)
     assert result["co_activation_max"].value == pytest.approx(max(shares))
     assert result["co_activation_lift_max"].value == pytest.approx(max(lifts))

@@ -7,7 +7,7 @@ from math import comb, prod
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -65,6 +65,7 @@ def tables(ids: Ids, experts: int, draws: int, sweeps: int = 6) -> NDArray[np.in
 ragged = st.lists(st.sets(st.integers(0, 5), max_size=4), max_size=12)
 
 
+@settings(deadline=None)
 @given(ragged)
 def test_counts_are_those_of_a_loop(tokens: list[set[int]]) -> None:
     ids = np.full((len(tokens), 4), -1)
@@ -162,6 +163,18 @@ def test_draws_keep_the_loads(skew: float) -> None:
     assert len({x.tobytes() for x in pairs.draws_RP}) == 199
 
 
+def test_draws_of_rare_pairs_are_as_skewed_as_counts() -> None:
+    ids = drawn(300, 16, 2, 0.0, 2)
+    pairs = Pairs(ids, 16)
+    real = tables(ids, 16, 400)[:, pairs.places_P[0], pairs.places_P[1]]
+    skews = []
+    for draws in (real, pairs.draws_RP):
+        z = (draws - draws.mean(0)) / draws.std(0)
+        skews.append((z**3).mean(0).mean())
+    assert skews[0] > 0.3
+    assert skews[1] == pytest.approx(skews[0], abs=0.15)  # the sums cost a little of it
+
+
 def test_a_table_that_its_margins_decide_has_no_null() -> None:
     three = Pairs(drawn(100, 3, 2, 0.5, 0), 3)  # N_01 = N - n_2
     everybody = Pairs(np.tile(np.arange(4), (10, 1)), 4)
@@ -184,8 +197,9 @@ def test_experts_of_all_or_none_leave_the_others_their_null() -> None:
     assert not beside.variance_EE[6].any()
     assert not beside.expected_EE[7].any()
     # Tokens that chose none say nothing, either.
-    padded = Pairs(np.vstack([rest, np.full((50, 2), -1)]), 6)
-    assert padded.expected_EE == pytest.approx(alone.expected_EE)
+    padded = Pairs(np.vstack([ids, np.full((50, 3), -1)]), 8)
+    assert padded.expected_EE == pytest.approx(beside.expected_EE)
+    assert padded.variance_EE == pytest.approx(beside.variance_EE)
 
 
 @pytest.mark.parametrize("shape", [(0, 2), (1, 2), (2, 0), (5, 1)])

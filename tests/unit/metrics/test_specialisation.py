@@ -140,7 +140,7 @@ def _tag_loop(known: Evidence) -> dict[str, float]:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_numbers_of_tags_are_those_of_a_loop(seed: int) -> None:
-    known = texts(seed, of_tag=0.5, k=1 + seed % 3)
+    known = texts(seed, of_tag=0.5, k=1 + seed % 3, tags=3 + seed * 2, experts=8 - seed)
     assert known.ids_NK is not None
     known.ids_NK[::7, -1] = -1  # chose fewer
     for name, wanted in _tag_loop(known).items():
