@@ -179,11 +179,17 @@ def test_drops_against_loops(planted: tuple[Path, Truth], layer: Evidence) -> No
 
 
 def test_nothing_planted_is_within_chance(tmp_path: Path) -> None:
-    generate(tmp_path / "run", Spec(layers=1, experts=16, top_k=4, steps=4, seed=12))
-    given = known(tmp_path / "run")
-    beyond = [m.name for m in ALL if measure(m, given).beyond]
-    assert beyond == []
-    assert found(given, "dead_experts").value == 0
+    """Of a hundred metrics one or two are beyond 199 draws in some run: not more than that."""
+    tested = beyond = 0
+    for seed in range(4):
+        generate(tmp_path / str(seed), Spec(layers=1, experts=16, top_k=4, steps=4, seed=seed))
+        given = known(tmp_path / str(seed))
+        for each in (measure(m, given) for m in ALL):
+            tested += each.chance is not None and each.chance.high is not None
+            beyond += each.beyond != ""
+        assert found(given, "dead_experts").value == 0
+    assert tested > 200
+    assert beyond <= 0.03 * tested
 
 
 def test_padding_and_other_phases_are_not_counted(tmp_path: Path) -> None:
