@@ -121,6 +121,21 @@ def test_no_expert_is_hot_where_half_is_its_part() -> None:
     assert {f.expert for f in found["dead"]} == {2, 3}
 
 
+def test_more_layers_take_more_tokens() -> None:
+    """Each layer has its part of the false alarms."""
+    counts_CE = np.full((2, E), 9)  # 67 tokens in both blocks together, more alike than chance
+    counts_CE[:, 5] = 0
+    layers = [quiet(layer=n, counts_CE=counts_CE) for n in range(60)]
+    tokens = layers[0].effective_tokens
+    level = alarms.FALSE_ALARMS / len(ALARMS)
+    assert levels.tokens_for_dead(E, K, level) == 70
+    assert tokens == 135
+    assert levels.tokens_for_dead(E, K, level / 60) <= tokens
+    few = [replace(x, counts_CE=x.counts_CE * 5 // 9) for x in layers]  # 75 tokens
+    assert "dead" in fired(*few[:1])
+    assert "dead" not in fired(*few)
+
+
 def test_correlated_tokens_count_as_fewer() -> None:
     """One document of 400 like tokens a block: 24 independent ones, too few to call any dead."""
     rng = np.random.default_rng(1)

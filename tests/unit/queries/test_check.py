@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from support.traces import write_run
+from support.traces import layer_info, write_run
 
 from moe_lens.errors import QueryError
 from moe_lens.queries.check import Checked, check, read
 from moe_lens.queries.session import one_run, open_trace
-from moe_lens.trace.events import Forward
+from moe_lens.trace.events import Forward, StepEnd
+from moe_lens.trace.meta import Attempt, Meta
 from moe_lens.trace.synthetic import Dead, Drift, Hot, Spec, events, generate
+from moe_lens.trace.writer import TraceWriter
 
 SPEC = Spec(
     layers=3, experts=16, top_k=2, steps=70, sequences=4, length=32, rows=False,
@@ -95,6 +99,26 @@ def test_decoding_is_cut_where_batches_begin(runs: Path) -> None:
         layers = read(trace, run, "decode", run.layers)
         assert layers[0].blocks == 20  # two batches each
         assert not fired(check(trace, phase="decode"))
+
+
+def test_a_block_of_decoding_begins_with_a_prefill(tmp_path: Path) -> None:
+    """Every forward is a step of its own here, as without `rec.step`: a prefill, four of decoding."""
+    meta = Meta("each", layers=[layer_info(i, 8, 2) for i in range(2)], attempts=[Attempt(0, 0)])
+    writer = TraceWriter(tmp_path / "each", meta, queue_bytes=1 << 62)
+    forwards = [e for e in events(SERVED) if isinstance(e, Forward)][:40]
+    for step, each in enumerate(forwards):
+        writer.put(replace(each, step=step, forward=0))
+        writer.put(StepEnd(step))
+    writer.close()
+    with open_trace(tmp_path / "each") as trace:
+        run = one_run(trace)
+        (first, _) = read(trace, run, "decode", run.layers)
+    # Buckets of two steps, of which some that follow each other hold one batch.
+    begins = [step - step % 2 for step in range(5, 40, 5)]
+    assert first.steps_C == ("step 0", *(f"step {step}" for step in begins))
+    for c, (begin, end) in enumerate(itertools.pairwise([0, *begins, 99])):
+        here = [f for step, f in enumerate(forwards) if begin <= step < end and f.phase == "decode"]
+        assert (first.counts_CE[c] == sum(f.layers[0].routed_GE.sum(0) for f in here)).all()
 
 
 def test_decoding_without_its_prefill_is_one_block(runs: Path, tmp_path: Path) -> None:
