@@ -32,11 +32,12 @@ def analyze(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not tables.")] = False,
     skip_damaged: SkipDamaged = False,
 ) -> None:
-    """Routing metrics of each layer, beside what a router that draws uniformly would show.
+    """Routing metrics of each layer, each beside what chance gives.
 
-    Balance, confidence, losses, capacity, quality, specialisation, and which experts go together, in a
-    layer, along a text and from layer to layer. Marks what chance does not explain, and says which
-    metrics could not be computed and what would have to be recorded. docs/metrics.md defines them.
+    Balance, confidence, losses, capacity, quality, specialisation, and which experts go together,
+    in a layer, along a text and from layer to layer. Marks what chance does not explain, and says
+    which metrics could not be computed and what would have to be recorded. docs/metrics.md defines
+    them.
 
     \b
     Examples:

@@ -102,10 +102,11 @@ def test_decoding_is_cut_where_batches_begin(runs: Path) -> None:
 
 
 def test_a_block_of_decoding_begins_with_a_prefill(tmp_path: Path) -> None:
-    """Every forward is a step of its own here, as without `rec.step`: a prefill, four of decoding."""
+    """Every forward is a step of its own here, as without `rec.step`; each has a window."""
+    spec = replace(SERVED, sequences=4)
     meta = Meta("each", layers=[layer_info(i, 8, 2) for i in range(2)], attempts=[Attempt(0, 0)])
     writer = TraceWriter(tmp_path / "each", meta, queue_bytes=1 << 62)
-    forwards = [e for e in events(SERVED) if isinstance(e, Forward)][:40]
+    forwards = [e for e in events(spec) if isinstance(e, Forward)][:40]
     for step, each in enumerate(forwards):
         writer.put(replace(each, step=step, forward=0))
         writer.put(StepEnd(step))
