@@ -126,6 +126,8 @@ def _phase(
                     "experts": layer.experts,
                     "top_k": layer.top_k,
                     "router": layer.router,
+                    "tokens": of_layer.tokens or None,
+                    "looked_at": None if of_layer.ids_NK is None else len(of_layer.ids_NK),
                     "metrics": {x.metric.name: _said(x) for x in found},
                 }
             )

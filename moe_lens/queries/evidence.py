@@ -124,6 +124,8 @@ class Evidences:
         chosen = [x.layer for x in run.layers if layers is None or x.layer in layers]
         self._asked = _Asked(trace, run, phase, chosen)
         self._wanted = {name for each in metrics for name in each.needs}
+        if not self._wanted.isdisjoint(along.FIELDS):
+            self._wanted.add("tokens")  # of how many those looked at are a share
 
     def of(self, info: LayerInfo) -> Evidence:
         """Of one layer."""

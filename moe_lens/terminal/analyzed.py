@@ -10,7 +10,7 @@ from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
-from moe_lens.numbers import digits
+from moe_lens.numbers import count, digits, percent
 from moe_lens.terminal.grid import add_numbers, add_row, notes, table
 from moe_lens.terminal.plain import print_plain
 
@@ -37,9 +37,9 @@ def print_phase(console: Console, phase: Said) -> None:
 
     Args:
         console: Where to.
-        phase: `answer`, `catalogue` (name, group, unit, level), `layers` (layer, metrics by name)
-            `paths` (stream, answer) and `lacking` (what, which metrics and layers), as
-            `commands.analyze` makes them.
+        phase: `answer`, `catalogue` (name, group, unit, level), `layers` (layer, tokens, of which
+            looked_at one by one, metrics by name), `paths` (stream, answer) and `lacking` (what,
+            which metrics and layers), as `commands.analyze` makes them.
     """
     print_plain(console, Text(phase["answer"], style="bold"))
     few = len(phase["layers"]) <= max(1, (console.width - _NAME - _INDENT) // _CELL)
@@ -54,7 +54,19 @@ def print_phase(console: Console, phase: Said) -> None:
     if phase["lacking"]:
         print_plain(console, "", Text("not computed", style="bold"))
         print_plain(console, Padding.indent(_lacking(phase), _INDENT))
-    print_plain(console, notes(*([] if few else [_SPANNED]), _EXPLAINED), "")
+    print_plain(console, notes(*_sampled(phase), *([] if few else [_SPANNED]), _EXPLAINED), "")
+
+
+def _sampled(phase: Said) -> list[str]:
+    """Of how many tokens the metrics of single tokens are, where some were."""
+    seen = [(x["looked_at"], x["tokens"]) for x in phase["layers"] if x["looked_at"]]
+    if not seen:
+        return []
+    looked, tokens = min(seen)
+    names = [m["name"] for m in phase["catalogue"] if m["level"] != "C"]
+    whole = f" ({percent(looked / tokens)} of {count(tokens)})" if tokens else ""
+    which = names[0] if len(names) == 1 else f"The {count(len(names))} metrics of single tokens"
+    return [f"{which}: of {count(looked)} tokens{whole}, whole sequences drawn evenly."]
 
 
 def _table(rows: list[Said], layers: list[Said]) -> RenderableType:

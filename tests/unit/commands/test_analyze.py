@@ -135,6 +135,19 @@ def test_many_layers_are_one_row_of_what_they_span(run: Path) -> None:
     assert rows["z_loss"][-1] == "7.6872"  # nothing was drawn, so nothing is beyond it
 
 
+def test_estimates_say_their_share(run: Path, tmp_path: Path) -> None:
+    rows = said(run, "--phase", "eval", "--only", "overlap")[0]["layers"]
+    assert {(row["looked_at"], row["tokens"]) for row in rows} == {(512, 512)}
+    counts = said(run, "--phase", "eval", "--only", "max_vio")[0]["layers"]
+    assert {row["looked_at"] for row in counts} == {None}
+    generate(tmp_path / "long", Spec(layers=1, experts=8, top_k=2, steps=80, length=64))
+    page = " ".join(invoked(tmp_path / "long", "--only", "overlap,repeated_any").split())
+    (row,) = said(tmp_path / "long", "--only", "overlap")[0]["layers"]
+    assert row["looked_at"] < row["tokens"]
+    share = f"({100 * row['looked_at'] / row['tokens']:.1f} % of {row['tokens']:,})"
+    assert f"2 metrics of single tokens: of {row['looked_at']:,} tokens {share}" in page
+
+
 def test_help_gives_examples() -> None:
     text = invoked("--help")
     assert "Examples:" in text
