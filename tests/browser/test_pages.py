@@ -47,10 +47,10 @@ def test_filters_are_the_link(page: Any, address: str, recorded: Any) -> None:
     expected = {"run": [recorded.path.name], "first_step": ["1"], "last_step": ["3"]}
     assert parameters(page) == expected
     # They outlive a change of the page, and a reload.
-    page.get_by_role("link", name="SQL").click()
-    page.get_by_role("heading", name="SQL", exact=True).wait_for()
+    page.get_by_role("link", name="Router").click()
+    page.get_by_role("heading", name="Router", exact=True).wait_for()
     settled(page)
-    page.wait_for_url(re.compile(r"/sql\?.*first_step=1"))
+    page.wait_for_url(re.compile(r"/router\?.*first_step=1"))
     assert parameters(page) == expected
     page.get_by_role("link", name="Overview").click()
     wait_tile(page, "Tokens", narrowed)
