@@ -4,6 +4,7 @@ experts; and that their two ranks open as one trace, which counts nobody twice."
 from __future__ import annotations
 
 import json
+import statistics
 
 import pytest
 from support.exchanged import NAP_S, STEPS
@@ -42,7 +43,9 @@ def test_forward_and_only_forward_is_timed(folder, layers):
             got = [layers[rank, step][name] for step in range(len(STEPS))]
             want = [clock[i] for clock in clocks]
             assert all(0 < g <= w for g, w in zip(got, want, strict=True)), (got, want)
-            assert sum(got) > 0.5 * sum(want), (got, want)
+            # The middle one: a busy machine may hold a process between the two clocks, once.
+            shares = [g / w for g, w in zip(got, want, strict=True)]
+            assert statistics.median(shares) > 0.5, (got, want)
 
 
 def test_the_time_of_a_rank_includes_its_waiting_for_the_slowest(layers):
