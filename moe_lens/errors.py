@@ -31,6 +31,10 @@ class CaptureBreach(MoeLensError):
     """An invariant of the capture failed: routing was seen twice, in part, or not at all."""
 
 
+class ControlError(MoeLensError):
+    """A recorder cannot be controlled from outside: its port, its token, or what it is."""
+
+
 class SteeringError(MoeLensError):
     """Routing cannot be forced: the decisions do not fit the model or its batch."""
 
@@ -45,6 +49,18 @@ class RuntimeUnavailable(MoeLensError):
 
 class ReplayError(MoeLensError):
     """A trace cannot be replayed as asked: nothing to replay, no shapes, no room, or no place."""
+
+
+class ImportRefused(MoeLensError):
+    """Another recorder's file cannot become a trace: damaged, ambiguous, or short of a fact."""
+
+
+class ExportRefused(MoeLensError):
+    """A trace does not hold what another tool's format needs."""
+
+
+class LabError(MoeLensError):
+    """The laboratory cannot run this: sizes that cannot be, other settings, a process that died."""
 
 
 class QueryError(MoeLensError):

@@ -6,6 +6,11 @@ import os
 import shutil
 
 import pytest
+from hypothesis import settings
+
+# Others use the machine too: how long an example takes says nothing.
+settings.register_profile("shared", deadline=None)
+settings.load_profile("shared")
 
 # One thread a worker: several workers with a thread pool each fight over the same cores. Set before
 # the first import of torch, and inherited by the processes that tests start.

@@ -18,12 +18,15 @@ _NAMES = {
 }
 
 
-def without(layers: Iterable[LayerInfo], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def without(
+    layers: Iterable[LayerInfo], rows: Sequence[Mapping[str, Any]], imported: str = ""
+) -> list[str]:
     """A sentence for each reason for which layers lack numbers.
 
     Args:
         layers: What the run's meta says of them.
         rows: Answer of `router_confidence`, one row a layer.
+        imported: Why an imported trace has no logits, in place of why we did not see them.
     """
     infos = {x.layer: x for x in layers}
     found: dict[tuple[str, str], list[int]] = {}
@@ -32,7 +35,7 @@ def without(layers: Iterable[LayerInfo], rows: Sequence[Mapping[str, Any]]) -> l
             continue
         for column, name in _NAMES.items():
             if known(row[column]) is None:
-                why = _why(infos[row["layer"]], column)
+                why = _why(infos[row["layer"]], column, imported)
                 found.setdefault((why, name), []).append(row["layer"])
     together: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for (why, name), at in found.items():
@@ -40,7 +43,7 @@ def without(layers: Iterable[LayerInfo], rows: Sequence[Mapping[str, Any]]) -> l
     return [f"No {_list(names)} in {_layers(at)}: {why}." for (why, at), names in together.items()]
 
 
-def _why(info: LayerInfo, column: str) -> str:
+def _why(info: LayerInfo, column: str, imported: str) -> str:
     by_kind = {
         "hash": "experts are looked up by token id, without logits",
         "task": "the caller names the experts, without logits",
@@ -53,6 +56,8 @@ def _why(info: LayerInfo, column: str) -> str:
         return "one expert leaves nothing to decide"
     if column == "margin" and info.top_k is not None and info.top_k >= info.experts:
         return "every expert is chosen, so that there is no next one"
+    if imported:
+        return imported
     if column == "margin" and info.selection is None:
         return "what the router ranks experts by could not be found out from its choices"
     if column == "margin":

@@ -48,6 +48,8 @@ VIEWS = (
     View("requests", "Requests", ":material/receipt_long:"),
     View("paths", "Paths", ":material/route:"),
     View("specialisation", "Specialisation", ":material/category:"),
+    View("granularity", "Granularity", ":material/science:"),
+    View("what_if", "What if", ":material/fork_right:"),
     View("memory", "Memory", ":material/memory:"),
     View("placement", "Placement", ":material/grid_view:"),
     View("compare", "Compare", ":material/compare_arrows:"),

@@ -37,13 +37,12 @@ def tiles(answers: Answers, all_to_all: Rows) -> Tiles:
         answers: As the rules take them.
         all_to_all: Rows of the stored question of this name.
     """
-    routed = total(answers.dropped_tokens, "routed")
     balance = [r for r in answers.layer_balance if known(r["max_over_mean"]) is not None]
     worst = max(balance, key=lambda r: r["max_over_mean"], default=None)
     return Tiles(
         tokens=total(answers.quality_by_tag, "tokens"),
-        overflow_rate=total(answers.dropped_tokens, "overflowed") / routed if routed else None,
-        dropped_rate=total(answers.dropped_tokens, "dropped") / routed if routed else None,
+        overflow_rate=_of_choices(answers.dropped_tokens, "overflowed"),
+        dropped_rate=_of_choices(answers.dropped_tokens, "dropped"),
         entropy_norm=_mean(answers.router_confidence, "entropy_norm", "tokens"),
         worst_layer=None if worst is None else int(worst["layer"]),
         max_over_mean=None if worst is None else float(worst["max_over_mean"]),
@@ -52,6 +51,14 @@ def tiles(answers: Answers, all_to_all: Rows) -> Tiles:
         lost_rows=total(answers.capture_health, "lost_rows"),
         breaches=total(answers.capture_health, "breaches"),
     )
+
+
+def _of_choices(rows: Rows, column: str) -> float | None:
+    """Share of the router's choices; None: nothing was routed, or nothing tells."""
+    routed = total(rows, "routed")
+    if not routed or all(known(r[column]) is None for r in rows):
+        return None
+    return total(rows, column) / routed
 
 
 def _all_to_all(rows: Rows) -> float | None:

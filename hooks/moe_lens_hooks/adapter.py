@@ -172,7 +172,7 @@ class MoELayer:
     info: LayerInfo
     taps: list[Tap]
     router: nn.Module | None = None
-    """Searched for a selection bias and groups."""
+    """Searched for a selection bias, and for groups where `info` declares none."""
     layout: Literal["bs", "sb"] | None = None
     """How this library flattens its batch, where it never does otherwise."""
 

@@ -85,6 +85,7 @@ def _attach_block(capture: Capture, layer: MoELayer) -> None:
     nothing: tuple[Any, ...] = ((), {}, None)
     point = BlockPoint(
         alone=all(tap.alone for tap in layer.taps),
+        skips=capture.skips,
         running=partial(capture.seen_of, layer),
         enter=partial(capture.enter_block, layer),
         look=lambda read: capture.look(layer, "", read, *nothing),
@@ -108,6 +109,8 @@ def _attach_block(capture: Capture, layer: MoELayer) -> None:
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         point.seen = None
+        if capture.skips():
+            return
         settle()
         capture.enter_block(layer, _rows_and_positions(args, kwargs))
 

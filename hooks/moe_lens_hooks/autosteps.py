@@ -49,7 +49,7 @@ class AutoRecorder(Recorder):
     def before_forward(self) -> None:
         """The root, or a part of it, is about to run."""
         training = self._root.training
-        if not self._stepped and len(self._of_step) >= PATIENCE:
+        if not self._stepped and len(self._of_step) + self._skipped >= PATIENCE:
             self._optimized = False
             self.end_step()
         if not training:

@@ -8,6 +8,7 @@ from moe_lens.trace.meta import LayerInfo
 from moe_lens_hooks.adapter import Observed
 from moe_lens_hooks.capture import Capture
 from moe_lens_hooks.forward import Block, recomputing
+from moe_lens_hooks.pausing import SkippedForward
 
 
 def log(
@@ -16,15 +17,16 @@ def log(
     expert_ids: Tensor,
     weights: Tensor,
     logits: Tensor | None,
-    *,
     experts: int | None,
     kept: Tensor | None,
     capacity: int | None,
+    limit: tuple[int | None, int | None],
 ) -> None:
     """Put a layer into the forward that is running, or into one of its own; see `Recorder.log`.
 
     Raises:
-        ValueError: Shapes that disagree, E unknown, or tags that do not fit the batch.
+        ValueError: Shapes that disagree, E unknown, groups that cannot be, or tags that do not fit
+            the batch.
     """
     E = experts if experts is not None else (logits.shape[-1] if logits is not None else None)
     if E is None:
@@ -34,7 +36,17 @@ def log(
             f"expert_ids {list(expert_ids.shape)} and weights {list(weights.shape)} must both "
             "be [T, K] or [B, S, K]"
         )
-    K = expert_ids.shape[-1]
+    K, policy = expert_ids.shape[-1], None if kept is None else "unknown"
+    groups, top_groups = limit
+    info = LayerInfo(
+        *(-1, str(layer), E, K),
+        adapter="rec.log",
+        capacity_policy=policy,
+        groups=groups,
+        top_groups=top_groups,
+    )
+    if info.contradiction is not None:
+        raise ValueError(f"rec.log of {layer}: {info.contradiction}")
     shape = (expert_ids.shape[0], expert_ids.shape[1]) if expert_ids.ndim == 3 else None
     if recomputing():
         return
@@ -43,6 +55,9 @@ def log(
     if forward is not None and forward.implicit and name in forward.entered:
         capture.end_implicit()
     forward = capture.implicit()
+    if isinstance(forward, SkippedForward):
+        forward.entered[name] = 1
+        return
     forward.expected += 1
     times = forward.entered.get(name, 0)  # inside a forward of the model, again is another
     forward.entered[name] = times + 1
@@ -53,8 +68,6 @@ def log(
         kept_TK=None if kept is None else kept.reshape(-1, K),
         capacity=capacity,
     )
-    policy = None if kept is None else "unknown"
     seen.hold()
-    path = f"{layer} #{times}" if times else str(layer)
-    info = LayerInfo(-1, path, E, K, adapter="rec.log", capacity_policy=policy)
+    info.path = f"{layer} #{times}" if times else str(layer)
     capture.add(Block((("log", layer), times), info, None, shape, seen))

@@ -27,6 +27,7 @@ from moe_lens_hooks.graphs import (
     unwatch_graphs,
     watch_graphs,
 )
+from moe_lens_hooks.pausing import SkippedForward
 from moe_lens_hooks.semantics import selection_bias
 
 _recorded: WeakSet[nn.Module] = WeakSet()
@@ -58,7 +59,7 @@ class Capture:
         models: The root module, or the chunks of one that this rank runs in a pipeline, in the
             order in which a token passes them; empty: there is only `implicit`.
         layers: Its MoE layers.
-        begin: Makes the state of a new forward.
+        begin: Makes the state of a new forward: a `SkippedForward`, where it is not recorded.
         met: Takes a forward that runs and a block of it that has just returned.
         full: Takes a forward that runs and holds more than `HELD_BYTES`, to reduce its blocks.
         end: Takes a forward that is over.
@@ -111,6 +112,8 @@ class Capture:
         """All-to-alls inside blocks are timed."""
         if self.exchanges:
             listen(self._exchanging)
+        self._lock = threading.Lock()
+        """Held where threads share a `SkippedForward`."""
         self._attached = True
 
     def enter_context(self, context: AbstractContextManager[Any]) -> None:
@@ -139,8 +142,9 @@ class Capture:
     def detach(self) -> None:
         """Take every hook off again."""
         self._leave_contexts()
-        if self.current is not None:
-            self.aborted, self.current = self.aborted + 1, None
+        if isinstance(self.current, SkippedForward):
+            self.current = None  # without a lock, which a fork may have left locked
+        self._abort()
         if not self._attached:
             return
         self._attached = False
@@ -162,14 +166,46 @@ class Capture:
     def abandon(self) -> None:
         """A step ends: a forward that is still open was ended by an exception."""
         self._leave_contexts()
-        if self.current is not None:
-            self.aborted, self.current = self.aborted + 1, None
-            self._stack.clear()
+        self._abort()
         for forward in self._between.values():  # micro-batches that did not pass all chunks
             forward.problem("a micro-batch did not run through all pipeline chunks in one step")
             self._over(forward)
         self._between.clear()
         self._runs = [0] * self._chunks
+
+    def _abort(self) -> None:
+        """The running forward, if there is one, will not return."""
+        if isinstance(self.current, SkippedForward):
+            self._leave_skipped()
+        elif self.current is not None:
+            self.aborted, self.current = self.aborted + 1, None
+        self._stack.clear()
+
+    def skips(self) -> bool:
+        """A root module's forward is running, and is not recorded."""
+        forward = self.current
+        return isinstance(forward, SkippedForward) and not forward.implicit
+
+    def _join_skipped(self) -> bool:
+        """Beside a forward of another thread that is not recorded, this thread's is not either."""
+        with self._lock:
+            forward = self.current
+            if not isinstance(forward, SkippedForward) or forward.implicit:
+                return False
+            if forward.leave():  # compiled code raised, which has no hooks to tell it
+                self.current = None
+                return False
+            forward.join()
+            return True
+
+    def _leave_skipped(self) -> SkippedForward | None:
+        """This thread's forward, not recorded, is over; None: others' beside it are not."""
+        with self._lock:
+            forward = self.current
+            if not isinstance(forward, SkippedForward) or not forward.leave():
+                return None
+            self.current = None
+            return forward
 
     def end_implicit(self) -> None:
         """A step or a root forward begins or ends: what ran without a root belongs together."""
@@ -205,9 +241,8 @@ class Capture:
         output: Any,
     ) -> None:
         """A module around a block that is still to run was tapped."""
-        if recomputing() or self._elsewhere():
+        if recomputing() or self._elsewhere() or isinstance(self.implicit(), SkippedForward):
             return
-        self.implicit()
         seen = self._seen_ahead[layer.block] = Observed()
         self._read(layer, seen, name, read, args, kwargs, output)
 
@@ -293,6 +328,8 @@ class Capture:
         forward = self.current
         if forward is None or forward.thread == threading.get_ident():
             return False
+        if isinstance(forward, SkippedForward) and forward.implicit:
+            return False
         forward.problem(
             "two threads ran the model at once: only the first one's forward is recorded"
         )
@@ -300,12 +337,10 @@ class Capture:
 
     def enter_root(self, chunk: int, inputs: dict[str, Any]) -> None:
         """The root module, or a chunk of it, is entered with these arguments."""
-        if recomputing() or self._elsewhere():
+        if recomputing() or self._join_skipped() or self._elsewhere():
             return
         self.end_implicit()
-        if self.current is not None:
-            self.aborted += 1
-        self._stack.clear()
+        self._abort()
         self._leave_contexts()
         number, self._runs[chunk] = self._runs[chunk], self._runs[chunk] + 1
         self.current = self._between.pop(number, None) if chunk else None
@@ -318,10 +353,17 @@ class Capture:
 
     def leave_root(self, chunk: int, output: Any = None) -> None:
         """It has returned."""
-        if recomputing() or self.current is None or self._elsewhere():
+        forward: OpenForward | None = self.current
+        if recomputing() or forward is None:
             return
-        forward, self.current = self.current, None
-        forward.returned = output
+        if isinstance(forward, SkippedForward):
+            forward = self._leave_skipped()
+            if forward is None:
+                return
+        elif self._elsewhere():
+            return
+        else:
+            self.current, forward.returned = None, output
         if chunk < self._chunks - 1:
             self._between[self._runs[chunk] - 1] = forward
         else:
@@ -329,11 +371,11 @@ class Capture:
 
     def root_ended(self) -> None:
         """The root module has returned or raised; if it raised, its forward is over too."""
-        if recomputing() or self.current is None or self.current.implicit or self._elsewhere():
+        if recomputing() or self.current is None or self.current.implicit:
             return
-        self.aborted, self.current = self.aborted + 1, None  # and with it the model's tensors
-        self._stack.clear()
-        self._leave_contexts()
+        if isinstance(self.current, SkippedForward) or not self._elsewhere():
+            self._abort()  # and with it the model's tensors go
+            self._leave_contexts()
 
     def _over(self, forward: OpenForward) -> None:
         if not isinstance(forward, CapturedForward):
@@ -354,6 +396,9 @@ class Capture:
             self.current.problem("a CUDA graph of a recorded model was replayed inside a forward")
             return
         forward = self._begin(captured.inputs, False)
+        if isinstance(forward, SkippedForward):
+            self._end(forward)
+            return
         forward.expected, forward.problems = captured.expected, dict(captured.problems)
         forward.replay = captured.last_replay()
         forward.blocks = list(captured.blocks)
@@ -368,6 +413,9 @@ class Capture:
         if forward is not None and forward.implicit and id(layer.block) in forward.entered:
             self.end_implicit()  # the same block again: the next forward without a root
         forward = self.implicit()
+        if isinstance(forward, SkippedForward):
+            forward.entered[id(layer.block)] = 1
+            return
         forward.expected += 1
         self.entered.add(layer.block)
         ahead = self._seen_ahead
@@ -408,6 +456,8 @@ class Capture:
     def add(self, block: Block) -> None:
         """A layer of the forward that is running was seen."""
         forward = self.implicit()
+        if isinstance(forward, SkippedForward):
+            return
         forward.add(block)
         if isinstance(forward, CapturedForward):
             return

@@ -51,7 +51,7 @@ def _tap(
     order: Tensor, point: Tensor, what: str, tensors: list[Tensor], numbers: list[int]
 ) -> None:
     known = _points.get(int(point))
-    if known is not None:  # None: the recorder is gone, code that was compiled with it is not
+    if known is not None and not known.skips():  # None: the recorder is gone, its code is not
         with torch.inference_mode(False), torch.no_grad():
             known.hear(what, [t.clone() for t in tensors], numbers)
 
@@ -75,6 +75,10 @@ class Point:
     def hear(self, what: str, tensors: list[Tensor], numbers: list[int]) -> None:
         """Runs when the compiled code does: `what`, and the values that were carried."""
         raise NotImplementedError
+
+    def skips(self) -> bool:
+        """Asked each time before `hear`: nothing that is said here now is to be heard."""
+        return False
 
 
 def _say(
@@ -169,6 +173,7 @@ class BlockPoint(Point):
 
     Args:
         alone: Each of the layer's taps sets what it sees without a look at what others saw.
+        skips: The forward that is running is not recorded.
         running: What is seen of the block, where it was entered outside this graph.
         enter: Called with (B, S) of the block's input, None for `[T, D]`.
         look, ahead: Called with a `read` that fills in what a tap saw, in the block or before it.
@@ -180,6 +185,7 @@ class BlockPoint(Point):
         self,
         *,
         alone: bool,
+        skips: Callable[[], bool],
         running: Callable[[], Observed | None],
         enter: Callable[[tuple[int, int] | None], None],
         look: Callable[[Read], None],
@@ -189,6 +195,7 @@ class BlockPoint(Point):
     ) -> None:
         super().__init__()
         self.alone, self.running = alone, running
+        self.skips = skips  # type: ignore[method-assign]
         self.enter, self.look, self.ahead = enter, look, ahead
         self.wrong, self.leave = wrong, leave
         self.seen: Observed | None = None

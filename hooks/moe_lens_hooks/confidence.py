@@ -38,6 +38,7 @@ class Routers:
         meaning: How they work.
         weights_LTK: Gate weights; None where slot 0 may hold no choice.
         present_LT: Tokens that a layer saw; None: all.
+        groups: Equal groups of neighbouring experts; None: none.
     """
 
     logits_TE: Sequence[Tensor]
@@ -46,6 +47,7 @@ class Routers:
     meaning: Semantics
     weights_LTK: Tensor | None
     present_LT: Tensor | None
+    groups: int | None = None
 
     def chunks(self) -> list[_Chunk]:
         """What is looked at at once: a layer on a CPU, all layers on a device."""
@@ -93,7 +95,7 @@ def confidence(
     chunks = routers.chunks()
     room = _Room(chunks[0].z_LTE)
     at = batch.rows_N if rows else None
-    seen = [_look(c, routers.meaning, room, tally, at, logits=logits) for c in chunks]
+    seen = [_look(c, routers, room, tally, at, logits=logits) for c in chunks]
     whole = seen[0] if len(seen) == 1 else {n: torch.cat([s[n] for s in seen]) for n in seen[0]}
     own = {n: whole.pop(n) for n in list(whole) if n.endswith(("_N", "_NM", "_NE"))}
     counts = {n: whole.pop(n) for n in list(whole) if n.endswith("_GE")}
@@ -112,9 +114,10 @@ def confidence(
 
 
 def _look(
-    c: _Chunk, meaning: Semantics, room: _Room, tally: Tally, at: Tensor | None, *, logits: bool
+    c: _Chunk, routers: Routers, room: _Room, tally: Tally, at: Tensor | None, *, logits: bool
 ) -> Numbers:
     """Values per token `[L, T]`, `prob_sum_GE`, and rows where `at` says which."""
+    meaning = routers.meaning
     top_LT = c.z_LTE.amax(-1)
     # -inf is a legal logit (an expert masked out): its probability is 0, and 0 x -inf must be too.
     below_LTE = torch.sub(c.z_LTE, top_LT.unsqueeze(-1), out=room.below).clamp_min_(_MASKED)
@@ -138,12 +141,16 @@ def _look(
         clean_LTE = p_LTE if whole else torch.where(finite_LT.unsqueeze(-1), p_LTE, 0.0)
         clean_LT = scale_LT if whole else torch.where(finite_LT, scale_LT, 0.0)
         out["prob_sum_GE"] = tally.valid(tally.weighted(clean_LTE, clean_LT))
+        if routers.groups is not None:  # before the probabilities are used up
+            out["group_entropy"] = _group_entropy(p_LTE, scale_LT, routers.groups)
     if meaning.score == "softmax":
         mean_LT = exp_LTE.mul_(below_LTE).sum(-1) * scale_LT
         out["entropy"] = log_total_LT - mean_LT
         out["top1_prob"] = scale_LT
-    if at is not None and "entropy" in out:
-        out["entropy_N"] = torch.where(finite_LT, out["entropy"], math.nan)[:, at]
+    if at is not None:
+        for name in ("entropy", "group_entropy"):
+            if name in out:
+                out[f"{name}_N"] = torch.where(finite_LT, out[name], math.nan)[:, at]
     if at is not None and logits:
         out["logits_NE"] = c.z_LTE[:, at]
     if meaning.rank is not None:
@@ -187,6 +194,12 @@ def _margin(
         log_share_LN1 -= _log(z_LNE.gather(-1, wide_LTK[:, at, :1]), meaning.score)
         weight_LN1 = c.weights_LTK[:, at, :1].float() * log_share_LN1.exp_()
         out["next_weights_NM"] = torch.where(known_LN1, weight_LN1, math.nan)
+
+
+def _group_entropy(p_LTE: Tensor, scale_LT: Tensor, groups: int) -> Tensor:
+    """`[L, T]`: entropy of sums over groups of the probabilities, `p_LTE` but for their scale."""
+    q_LTg = p_LTE.reshape(*scale_LT.shape, groups, -1).sum(-1).mul_(scale_LT.unsqueeze(-1))
+    return -torch.xlogy(q_LTg, q_LTg).sum(-1)
 
 
 def _positive(z_LTE: Tensor, score: str, room: _Room) -> Tensor:

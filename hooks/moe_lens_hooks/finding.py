@@ -49,6 +49,11 @@ def find_layers(models: Sequence[nn.Module], adapters: Sequence[Adapter]) -> lis
         if layer is not None:
             if layer.info.role == "mlp" and (depth := _mtp_depth(path)) is not None:
                 layer.info = replace(layer.info, role="mtp", stream=f"mtp{depth}")
+            if layer.info.contradiction is not None:
+                raise UnsupportedRouter(
+                    f"{path} ({type(module).__name__}): {layer.info.contradiction}. Correct what "
+                    f"the adapter {layer.info.adapter or '(unnamed)'} says in its LayerInfo."
+                )
             found.append(layer)
     found += list(undescribed(named_modules(models), found))
     if not found:

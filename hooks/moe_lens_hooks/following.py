@@ -89,10 +89,11 @@ class Following:
         going = Going() if cache is None else self._by_cache(cache, inputs, generation)
         if generation is None:
             return going
+        generation.began = True
         going.expand = generation.expand
         if cache is None:
             going.rows = generation.rows
-            done = 0 if going.rows is None else going.rows.length
+            done = generation.skipped if going.rows is None else going.rows.length
             going.past, going.again = (done, 0) if generation.cached else (0, done)
         started = going.cached or going.again > 0
         going.phase = "decode" if started and not generation.prefilling else "prefill"
@@ -103,6 +104,42 @@ class Following:
                 why = f"{type(cache).__name__} was not seen to be reordered"
                 going.problem = _UNSEEN.format(why=why)
         return going
+
+    def skip(self, inputs: dict[str, Any]) -> None:
+        """A forward begins that is not recorded: the cache grows by positions that nobody saw.
+
+        By how many is seen when a recorded forward goes on with it; where only a device could tell,
+        or caches cannot be told apart, sequences are new ones then.
+        """
+        self._last = None
+        cache, generation = cache_of(inputs), self._generations.current
+        if generation is not None:
+            generation.began = True
+        if cache is None:
+            if generation is not None and generation.cached:
+                self._grow(generation, positions_of(inputs) or 0)
+            return
+        length = cached_length(cache)
+        try:
+            if not isinstance(length, int) or length == 0:  # it may be used again for others
+                self._rows.pop(cache, None)
+            told_apart = isinstance(length, int)
+        except TypeError:  # a tuple, or what compiled code tells of one
+            told_apart = False
+        if generation is not None and not told_apart:
+            generation.rows = None
+
+    def _grow(self, generation: Generation, positions: int) -> None:
+        """A generation has a cache that its forwards do not show, and it grows."""
+        if generation.rows is None:
+            generation.skipped += positions
+        else:
+            generation.rows.skip(positions)
+
+    @property
+    def whole(self) -> bool:
+        """What runs can only be followed from its beginning to its end."""
+        return self._generations.whole
 
     def goes_on(self, going: Going, rows: Rows) -> None:
         """A forward was described: these are its rows."""

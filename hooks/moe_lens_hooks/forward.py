@@ -90,6 +90,12 @@ class Pending:
     times: Times | None
 
     @property
+    def groups(self) -> int | None:
+        """Groups that have an entropy; None: there are none, or zero experts stand in none."""
+        several = (self.info.groups or 1) > 1 and not self.info.zero_experts
+        return self.info.groups if several else None
+
+    @property
     def kind(self) -> tuple[Any, ...]:
         """What layers must have in common to be reduced together."""
         x, m = self.observed, self.meaning
@@ -98,6 +104,7 @@ class Pending:
         meaning = None if m is None else (m.score, m.selection, m.proportional)
         return (
             *(self.info.stream, self.info.experts + self.info.zero_experts, meaning),
+            self.groups,
             *(x.expert_ids_TK.shape, x.expert_ids_TK.dtype, x.weights_TK.dtype),
             *(None if x.logits_TE is None else (x.logits_TE.shape, x.logits_TE.dtype),),
             *(x.kept_TK is None, x.chosen_TK is None, x.present_T is None, x.choices is None),

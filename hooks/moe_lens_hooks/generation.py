@@ -33,6 +33,8 @@ class Generation:
         rows: The rows that its forwards go on with; None before the first.
         first: Forwards of `rows` before this generation.
         prompt: Index in `rows.forwards` of the one that ended the prompt.
+        began: A forward of it has begun.
+        skipped: Positions, as far as they are known, that went before `rows` and were not recorded.
         finished: Of beams that are done, the row that each token was chosen from,
             `[B, beams, new]`; -1 where there is none.
     """
@@ -47,6 +49,8 @@ class Generation:
     rows: Rows | None = None
     first: int = 0
     prompt: int = 0
+    began: bool = False
+    skipped: int = 0
     finished: Tensor | None = None
 
     @property
@@ -99,6 +103,11 @@ class Generations:
     def current(self) -> Generation | None:
         """The innermost one."""
         return self._running[-1] if self._running else None
+
+    @property
+    def whole(self) -> bool:
+        """A beam search is under way: only from all its forwards is it known what it returns."""
+        return any(g.beams and g.began for g in self._running)
 
     def _ours(self, model: object) -> bool:
         return any(m is model for root in self._models for m in root.modules())

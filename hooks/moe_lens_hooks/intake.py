@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -37,6 +37,7 @@ class Intake:
         first_sequence: Number of the first sequence.
         tags: Tags known already (when resuming).
         layers: Layers known already (when resuming).
+        places: Of each block, where the weights of its experts lie.
         first_layer: Number of the first layer.
         counts_tokens: False on a later stage of a pipeline.
         keep_logits, keep_token_ids: Of sampled tokens.
@@ -53,6 +54,7 @@ class Intake:
         first_sequence: int,
         tags: list[str],
         layers: list[LayerInfo],
+        places: Mapping[nn.Module, Sequence[Hashable]],
         *,
         first_layer: int = 0,
         counts_tokens: bool = True,
@@ -73,6 +75,8 @@ class Intake:
         self._tags = list(tags)
         self._layers = {x.layer: x for x in layers}
         self._numbers = {x.path: x.layer for x in layers}
+        self._places = places
+        self._names: dict[Hashable, str] = {}
         self._first_layer = first_layer
         self._counts_tokens = counts_tokens
         self._keep_logits, self._keep_token_ids = keep_logits, keep_token_ids
@@ -107,6 +111,17 @@ class Intake:
             token_ids=ids,
             sampled=self._sampling.share > 0 and step % self._sampling.every == 0,
         )
+
+    def skip(self, inputs: dict[str, Any]) -> None:
+        """A forward begins that is not recorded."""
+        self._following.skip(inputs)
+        if inputs.get("encoder_outputs") is None:  # an encoder reads others
+            self._encoded = None
+
+    @property
+    def whole(self) -> bool:
+        """What runs can only be followed from its beginning to its end."""
+        return self._following.whole
 
     def meet(self, forward: OpenForward, block: Block) -> None:
         """A layer has run. With the first of a stream it is settled whose its tokens are.
@@ -149,10 +164,10 @@ class Intake:
                     f"resumed trace {before.experts}, top-{before.top_k}. Record into a new folder"
                 )
                 return None
-            known = replace(info, layer=number, top_k=k)
-            self._note(key, known, learn(seen, router, experts))
+            known = replace(info, layer=number, top_k=k, identities=self._whose(key, info, number))
+            self._note(key, known, learn(seen, router, experts, info))
         elif self._meanings[known.layer] is None:  # the forwards before had no usable token
-            self._note(key, known, learn(seen, router, experts))
+            self._note(key, known, learn(seen, router, experts, info))
         meaning = self._meanings[known.layer]
         self.meet(forward, block)
         batch = forward.batches.get(info.stream)
@@ -169,6 +184,15 @@ class Intake:
             return None
         forward.seen += 1
         return Pending(self.infos[key], seen, meaning, block.times)
+
+    def _whose(self, key: Key, info: LayerInfo, number: int) -> list[int | str] | None:
+        """The identities of a layer's experts, named by the first layer that ran them."""
+        if info.identities is not None or not isinstance(key[0], nn.Module):
+            return info.identities
+        found = enumerate(self._places.get(key[0], ()))
+        names = [self._names.setdefault(place, f"{number}/{e}") for e, place in found]
+        own = names == [f"{number}/{e}" for e in range(len(names))]
+        return None if own else list(names)
 
     def over(self, forward: OpenForward) -> None:
         """A forward has returned."""
@@ -209,6 +233,7 @@ class Intake:
                         info.experts + info.zero_experts,
                         logits=self._keep_logits,
                         faithful=info.faithful,
+                        groups=group[0].groups,
                     )
             except Exception as e:
                 forward.seen -= len(group)

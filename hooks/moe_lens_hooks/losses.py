@@ -10,9 +10,31 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moe_lens.errors import CaptureBreach
 from moe_lens.trace.events import Losses
 from moe_lens_hooks.batch import Batch
+from moe_lens_hooks.forward import OpenForward
 from moe_lens_hooks.staging import HostCopy
+
+
+def losses_of(last: OpenForward | None, loss: Tensor, layout: str) -> StagedLosses:
+    """The losses of a forward, its decoder's if it has several streams; see `StagedLosses`.
+
+    Args:
+        last: The forward that was recorded last.
+        loss: As `StagedLosses` takes them.
+        layout: How the model flattens.
+
+    Raises:
+        ValueError: The shape fits none of its batch.
+        CaptureBreach: There is none, or it routed nothing.
+    """
+    if last is None:
+        raise CaptureBreach("rec.loss before any recorded forward: call it after the model ran")
+    stream = "decoder" if "decoder" in last.batches else next(iter(last.batches), None)
+    if stream is None:
+        raise CaptureBreach("rec.loss: the last forward routed nothing that could be recorded")
+    return StagedLosses(loss, last.batches[stream], layout, last.step, last.forward)
 
 
 class StagedLosses:

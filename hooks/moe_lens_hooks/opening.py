@@ -21,6 +21,7 @@ from moe_lens.trace.lock import RankLock
 from moe_lens.trace.meta import Attempt, Meta, read_meta
 from moe_lens.trace.recover import next_value, recover_rank
 from moe_lens.trace.schema import TABLES
+from moe_lens_hooks.adapter import MoELayer
 
 
 @dataclass
@@ -56,6 +57,20 @@ def check_options(keys: Sequence[str], weights: str, layout: str, **reactions: s
     for name, value in reactions.items():
         if value not in ("raise", "warn"):
             raise ValueError(f'{name}={value!r} must be "raise" or "warn"')
+
+
+def check_layout(layers: Sequence[MoELayer], layout: str) -> None:
+    """Refuse a layout that is not the model's.
+
+    Raises:
+        ValueError: A layer is known to flatten its batch otherwise.
+    """
+    if other := next((x for x in layers if x.layout not in (None, layout)), None):
+        raise ValueError(
+            f"{type(other.block).__name__} ({other.info.adapter}) flattens its batch as "
+            f'"{other.layout}", not "{layout}": pass record(..., layout="{other.layout}"), or '
+            "tokens would be counted for other sequences than theirs."
+        )
 
 
 def open_for_writing(run: Path, fresh: Meta, *, resume: bool) -> Opened:

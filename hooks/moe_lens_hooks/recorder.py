@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import atexit
-import os
 import time
 import warnings
-import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -27,12 +25,16 @@ from moe_lens_hooks.adapters.fallback import unseen
 from moe_lens_hooks.attach import attach
 from moe_lens_hooks.by_hand import log
 from moe_lens_hooks.capture import Capture
+from moe_lens_hooks.ending import at_close, close_writer, ended, look_for_edits
+from moe_lens_hooks.expert_weights import places
 from moe_lens_hooks.finding import edited, find_layers, named_modules
+from moe_lens_hooks.forks import forget_in_child
 from moe_lens_hooks.forward import OpenForward
 from moe_lens_hooks.intake import Intake
-from moe_lens_hooks.losses import StagedLosses
+from moe_lens_hooks.losses import losses_of
 from moe_lens_hooks.numbering import Numbering
 from moe_lens_hooks.opening import (
+    check_layout,
     check_options,
     open_for_writing,
     rank_and_world,
@@ -41,6 +43,7 @@ from moe_lens_hooks.opening import (
     versions,
 )
 from moe_lens_hooks.parts import open_forwards_at, parts_of
+from moe_lens_hooks.pausing import NOT_RECORDED, SkippedForward, Switch
 from moe_lens_hooks.said import StepContext, said
 from moe_lens_hooks.sampling import Sampling, as_sampling
 from moe_lens_hooks.scalars import StepTotals
@@ -51,8 +54,6 @@ REMEDY = (
     "torch._dynamo.reset()), in CUDA graphs replayed without Python, or in kernels that bypass the "
     "module; see docs/hooks.md."
 )
-
-_live: weakref.WeakSet[Recorder] = weakref.WeakSet()
 
 
 class Recorder:
@@ -77,6 +78,7 @@ class Recorder:
         max_bytes: Bound on the disk of this rank; the oldest per-token segments go first.
         resume: Go on with the trace that is in `path`; a step that is recorded again supersedes
             its earlier attempt.
+        paused: Record nothing until `start`.
         on_breach: When an invariant of the capture fails: "raise" `CaptureBreach` at the end of a
             step, or "warn" and count.
         on_write_error: When the disk refuses: "raise" `TraceWriteError` at the end of a step, or
@@ -108,6 +110,7 @@ class Recorder:
         adapters: Sequence[Adapter] = (),
         max_bytes: int | None = None,
         resume: bool = False,
+        paused: bool = False,
         on_breach: Literal["raise", "warn"] = "raise",
         on_write_error: Literal["raise", "warn"] = "raise",
         rank: int | None = None,
@@ -120,12 +123,7 @@ class Recorder:
         check_options(keys, weights, layout, on_breach=on_breach, on_write_error=on_write_error)
         models = root_modules(model)
         layers = find_layers(models, [*adapters, *all_adapters()]) if models else []
-        if other := next((x for x in layers if x.layout not in (None, layout)), None):
-            raise ValueError(
-                f"{type(other.block).__name__} ({other.info.adapter}) flattens its batch as "
-                f'"{other.layout}", not "{layout}": pass record(..., layout="{other.layout}"), or '
-                "tokens would be counted for other sequences than theirs."
-            )
+        check_layout(layers, layout)
         own_rank, own_world = rank_and_world()
         world = own_world if world is None else world
         meta = Meta(
@@ -168,7 +166,11 @@ class Recorder:
             self._edited = partial(edited, models, layers, [*adapters, *all_adapters()])
             self._context: StepContext | None = None
             self._numbering = Numbering(opened.next_step, resumed=opened.next_step > 0)
-            self._forwards = 0
+            self._forwards = self._steps = 0
+            not_recorded = opened.meta.warnings.get(NOT_RECORDED, 0)
+            self._switch = Switch(not paused, not_recorded, self._edit, lambda: self._intake.whole)
+            self._skipped = 0  # of this step
+            self._last_skipped = False
             self._of_step, self._last_step = StepTotals(), StepTotals()
             self._closed = False
             self._watch = Watch(self._writer, on_breach, on_write_error, self._detach)
@@ -179,6 +181,7 @@ class Recorder:
                 opened.next_sequence,
                 opened.meta.tags,
                 opened.meta.layers,
+                places(layers),
                 first_layer=first_layer,
                 counts_tokens=meta.coordinates.get("pp", 0) == 0,
                 keep_logits=logits,
@@ -190,10 +193,31 @@ class Recorder:
             for text in unseen(named_modules(models), layers):
                 self._watch.warn(text)
             undo.pop_all()
-        _live.add(self)
+        forget_in_child(self)
         atexit.register(self._at_exit)
 
     # -- what users call -------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Record from the next forward on (of a step: from the next step). From any thread.
+
+        Raises:
+            TraceWriteError: The recording is closed, or the disk refused earlier.
+        """
+        if self._writer.failed is not None:
+            raise self._writer.failed
+        if self._closed:
+            raise TraceWriteError(f"the recording into {self.path} is closed")
+        self._switch.want(True)
+
+    def stop(self) -> None:
+        """Record nothing from the next forward on, until `start`. From any thread.
+
+        What runs is recorded to its end: a forward; a step, with all its forwards; a beam search.
+        Steps are numbered on, so those that are missing in the trace are those not recorded.
+        Meanwhile `step`, `loss` and `log` do nothing, and `scalars` is empty.
+        """
+        self._switch.want(False)
 
     @contextmanager
     def step(
@@ -236,6 +260,7 @@ class Recorder:
         self._capture.end_implicit()
         given = said(tags, sequences, padding, phase, keys, self._writer.meta.keys)
         self._numbering.begin(number)
+        self._switch.take()
         self._context, self._of_step = given, StepTotals()
         try:
             yield
@@ -243,8 +268,9 @@ class Recorder:
             self._end_step()
             raise
         ran = len(self._of_step) > 0 or self._capture.current is not None
+        ever = ran or self._forwards or self._switch.skipped or not self._switch.on
         self._end_step()
-        if not ran and self._forwards == 0 and not self._closed and not self._writer.failed:
+        if not ever and not self._closed and not self._writer.failed:
             self._watch.breach(
                 "a step ended in which the recorded model did not run, nor in any before it. "
                 + REMEDY
@@ -265,13 +291,9 @@ class Recorder:
         if self._writer.failed or self._closed:
             return
         self._capture.end_implicit()
-        last = self._last_forward()
-        stream = "decoder" if "decoder" in last.batches else next(iter(last.batches), None)
-        if stream is None:
-            raise CaptureBreach("rec.loss: the last forward routed nothing that could be recorded")
-        self._writer.put(
-            StagedLosses(loss, last.batches[stream], self._layout, last.step, last.forward)
-        )
+        if not self._last_skipped:
+            last = self._of_step.last or self._last_step.last
+            self._writer.put(losses_of(last, loss, self._layout))
 
     def log(
         self,
@@ -283,6 +305,8 @@ class Recorder:
         experts: int | None = None,
         kept: Tensor | None = None,
         capacity: int | None = None,
+        groups: int | None = None,
+        top_groups: int | None = None,
     ) -> None:
         """Record the routing of a layer by hand, for a router that no adapter sees.
 
@@ -297,20 +321,14 @@ class Recorder:
             experts: E, where no logits tell.
             kept: bool, shape of `expert_ids`: False where the expert was full.
             capacity: Choices that one expert takes.
+            groups: Equal groups of neighbouring experts, among which the router chooses first.
+            top_groups: How many of them a token may use.
 
         Raises:
-            ValueError: Shapes that disagree, or E neither given nor to be seen.
+            ValueError: Shapes that disagree, E neither given nor to be seen, uneven groups.
         """
-        log(
-            self._capture,
-            layer,
-            expert_ids,
-            weights,
-            logits,
-            experts=experts,
-            kept=kept,
-            capacity=capacity,
-        )
+        limit = (groups, top_groups)
+        log(self._capture, layer, expert_ids, weights, logits, experts, kept, capacity, limit)
 
     def flush(self) -> None:
         """Return when everything before, open windows included, would survive `kill -9`.
@@ -322,7 +340,7 @@ class Recorder:
             self._capture.end_implicit()
         if self._writer.failed is None and not self._closed:
             try:
-                self._writer.flush()
+                self._flush_written()
             except TraceWriteError:
                 if self._watch.raise_write_error:
                     raise
@@ -344,34 +362,33 @@ class Recorder:
 
         Raises:
             CaptureBreach, TraceWriteError: As at the end of a step; a recording that saw no
-                forward at all is a breach too.
+                forward at all is a breach too, unless it was paused all the time.
         """
         if self._closed:
             return
         self._context = self._context or StepContext()  # what ends now raises below, when sealed
         self._end_step()
         self._detach()
+        self._switch.note()
         self._closed = True
         atexit.unregister(self._at_exit)
         never = [x.info.path for x in self._layers if x.block not in self._capture.entered]
+        unused = not self._forwards and (self._switch.skipped > 0 or not self._switch.ever)
         try:
             if error is None:
-                self._look_for_edits()
-            if not self._forwards and error is None and not self._writer.failed:
+                look_for_edits(self._edited, self._watch)
+            if not self._forwards and not unused and error is None and not self._writer.failed:
                 self._watch.breach(f"nothing was recorded into {self.path}. {REMEDY}")
-            self._mark_end(never, error)
+            if self._capture.aborted:
+                self._watch.count("forwards that an exception ended", self._capture.aborted)
+            self._writer.edit(ended([] if unused else never, error))
         finally:
-            try:
-                self._writer.close()
-                self._lock.release()  # not where Ctrl-C came first: the writer is still at work
-            except TraceWriteError:
-                self._lock.release()
-                if error is None and self._watch.raise_write_error:
-                    raise
+            raises = error is None and self._watch.raise_write_error
+            close_writer(self._writer, self._lock, raises=raises)
         if error is None:
             self._watch.check()
-            if never:
-                warnings.warn(f"{len(never)} MoE blocks never ran, {never[0]} first", stacklevel=2)
+            if text := at_close(self.path, never, self._switch.skipped, unused=unused):
+                warnings.warn(text, stacklevel=2)
 
     def __enter__(self) -> Self:
         return self
@@ -390,11 +407,28 @@ class Recorder:
         if self._context is None:
             self._of_step = StepTotals()
             self._numbering.outside()
+            self._switch.take()
         context = self._context or StepContext()
         number = self._numbering.take()
+        if not self._switch.on:
+            self._switch.skipped += 1
+            self._intake.skip(inputs)
+            step, switch = self._numbering.step, self._switch
+            return SkippedForward(step, number, "paused", implicit=implicit, switch=switch)
         return self._intake.begin(self._numbering.step, number, context, inputs, implicit)
 
     def _end(self, forward: OpenForward) -> None:
+        self._last_skipped = isinstance(forward, SkippedForward)
+        if self._last_skipped:
+            self._skipped += 1
+        else:
+            self._end_recorded(forward)
+        self._watch.problems(forward, {*self._capture.refused, self._capture.blind})
+        if self._context is None:
+            self._end_step()
+            self._watch.check()
+
+    def _end_recorded(self, forward: OpenForward) -> None:
         blind = self._capture.blind
         if blind and not forward.problems:
             forward.problem(blind)
@@ -411,14 +445,6 @@ class Recorder:
         self._forwards += 1
         self._of_step.add(forward)
         self._put(forward)
-        for text, n in forward.problems.items():
-            times = f" ({n})" if n > 1 else ""
-            where = f"step {forward.step}, forward {forward.forward}"
-            refused = text == blind or text in self._capture.refused
-            self._watch.breach(f"{where}: {text}{times}", refused=refused)
-        if self._context is None:
-            self._end_step()
-            self._watch.check()
 
     # -- the rest --------------------------------------------------------------------------------
 
@@ -432,42 +458,27 @@ class Recorder:
         self._last_step, self._of_step = self._of_step, StepTotals()
         if len(self._last_step):
             self._put(StepEnd(self._numbering.step))
+            self._steps += 1
+        if len(self._last_step) + self._skipped:
             self._numbering.end(inside=inside)
+        self._skipped = 0
+
+    def _flush_written(self) -> None:
+        """The part of `flush` that may run on any thread: it leaves the model alone."""
+        self._switch.note()
+        self._writer.flush()
 
     def _put(self, event: Staged) -> None:
         if self._writer.failed is None and not self._closed:
             self._writer.put(event)
 
+    def _edit(self, change: Callable[[Meta], None]) -> None:
+        if self._writer.failed is None and not self._closed:
+            self._writer.edit(change)
+
     def _detach(self) -> None:
         self._capture.detach()
         self._intake.detach()
-
-    def _last_forward(self) -> OpenForward:
-        last = self._of_step.last or self._last_step.last
-        if last is None:
-            raise CaptureBreach("rec.loss before any recorded forward: call it after the model ran")
-        return last
-
-    def _look_for_edits(self) -> None:
-        try:
-            found = self._edited()
-        except Exception as e:  # an adapter looks at what the model has become
-            found = [f"the model cannot be looked at any more ({type(e).__name__}: {e})"]
-        for text in found:
-            self._watch.breach(text)
-
-    def _mark_end(self, never: list[str], error: BaseException | None) -> None:
-        if self._capture.aborted:
-            self._watch.count("forwards that an exception ended", self._capture.aborted)
-
-        def change(meta: Meta) -> None:
-            meta.never_entered = never
-            last = meta.attempts[-1]
-            last.end = "closed" if error is None else "failed"
-            last.error = None if error is None else f"{type(error).__name__}: {error}"
-            last.ended_ns = time.time_ns()
-
-        self._writer.edit(change)
 
     def _at_exit(self) -> None:
         """The interpreter ends and nobody closed the recorder."""
@@ -481,14 +492,6 @@ class Recorder:
         self._closed = True
         self._detach()
         atexit.unregister(self._at_exit)
-
-
-def _forget_all() -> None:
-    for recorder in list(_live):
-        recorder._forget()
-
-
-os.register_at_fork(after_in_child=_forget_all)
 
 
 record = Recorder

@@ -50,6 +50,7 @@ def reduce(
     *,
     logits: bool,
     faithful: bool = True,
+    groups: int | None = None,
 ) -> Reduced:
     """Counts, per-token rows and problems of layers in one forward.
 
@@ -61,6 +62,7 @@ def reduce(
         experts: E, zero experts included.
         logits: Keep the logits of sampled rows.
         faithful: The experts run what the router chooses; else rows say both.
+        groups: Equal groups that all E experts are divided into; None: none.
     """
     raw_LTK = _stack([x.expert_ids_TK for x in seen])
     weights_LTK = _stack([x.weights_TK for x in seen])
@@ -125,6 +127,7 @@ def reduce(
             rows["present_N"] = present_LT[:, at]
     if seen[0].logits_TE is not None and meanings[0] is not None:
         routers = _routers(seen, meanings, own_LTK, weights_LTK, chosen_LTK, present_LT)
+        routers.groups = groups
         sums, own = confidence(routers, batch, tally, rows=bool(rows), logits=logits)
         counts |= sums
         rows |= own

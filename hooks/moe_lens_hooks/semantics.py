@@ -22,6 +22,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from moe_lens.trace.meta import LayerInfo
 from moe_lens_hooks.adapter import Observed, first_int
 
 Score = Callable[[Tensor, Tensor | None], Tensor]
@@ -36,6 +37,10 @@ POSITIVE: dict[str, Callable[[Tensor], Tensor]] = {
 
 _BIAS = re.compile(r"correction|score|balanc|expert_bias", re.IGNORECASE)
 """Names of biases for selection only. A plain `bias` is a part of the logits."""
+
+
+Groups = tuple[int | None, int | None]
+"""Groups of a layer's experts, and how many of them a token may use; None: no such number."""
 
 
 @dataclass
@@ -105,8 +110,20 @@ def probabilities(logits_TE: Tensor, score: str) -> Tensor:
     return s if score == "softmax" else s / s.sum(-1, keepdim=True)
 
 
-def learn(seen: Observed, router: nn.Module | None, experts: int) -> Semantics | None:
-    """What the first forward of a layer tells of its router; None without logits."""
+def learn(
+    seen: Observed,
+    router: nn.Module | None,
+    experts: int,
+    declared: LayerInfo | None = None,
+) -> Semantics | None:
+    """What the first forward of a layer tells of its router; None without logits.
+
+    Args:
+        seen: Of that forward.
+        router: Searched for a selection bias and, where none are declared, for groups.
+        experts: E, zero experts included.
+        declared: The adapter's word: groups, and the selection that is tried first.
+    """
     given, weights, logits = seen.expert_ids_TK, seen.weights_TK, seen.logits_TE
     if given is None or weights is None or logits is None or len(given) == 0:
         return None
@@ -131,7 +148,13 @@ def learn(seen: Observed, router: nn.Module | None, experts: int) -> Semantics |
     bias = seen.bias_E if out.bias is None else out.bias
     if logits.dtype.itemsize < 4:
         out.slack = torch.finfo(logits.dtype).eps
-    out.selection, out.rank = _selection(z, ids, bias, router, score, out.slack)
+    groups, first = groups_of(router, experts), None
+    if declared is not None:
+        first = declared.selection
+        groups = (declared.groups, declared.top_groups) if declared.groups else groups
+    tried = _candidates(z.shape[-1], bias is not None, groups, score)
+    tried.sort(key=lambda candidate: candidate[0] != first)
+    out.selection, out.rank = _selection(z, ids, bias, tried, out.slack)
     return out
 
 
@@ -188,7 +211,7 @@ _GROUPS = ("num_group", "n_group", "num_expert_group", "num_expert_groups", "moe
 _TOP_GROUPS = ("topk_group", "top_groups", "num_limited_groups", "moe_router_group_topk")
 
 
-def groups_of(router: nn.Module | None) -> tuple[int | None, int | None]:
+def groups_of(router: nn.Module | None, experts: int) -> Groups:
     """Groups that a router divides its experts into, and how many of them a token may use.
 
     (None, None) where it chooses from all experts.
@@ -196,7 +219,9 @@ def groups_of(router: nn.Module | None) -> tuple[int | None, int | None]:
     groups = first_int(router, *_GROUPS)
     top_groups = first_int(router, *_TOP_GROUPS)
     unused = getattr(router, "topk_method", None) == "greedy"  # DeepSeek-V2: has them, uses none
-    if unused or groups is None or top_groups is None or top_groups >= groups:
+    if unused or groups is None or top_groups is None or not 1 <= top_groups < groups:
+        return None, None
+    if experts % groups:  # a number that this router cannot use
         return None, None
     return groups, top_groups
 
@@ -215,13 +240,11 @@ def _selection(
     z: Tensor,
     ids: Tensor,
     bias: Tensor | None,
-    router: nn.Module | None,
-    score: str | None,
+    candidates: list[tuple[str, Score]],
     slack: float,
 ) -> tuple[str | None, Score | None]:
     """The first candidate for which the chosen experts are the best in every token."""
-    groups, top_groups = groups_of(router)
-    for name, rank in _candidates(z.shape[-1], bias is not None, groups, top_groups, score):
+    for name, rank in candidates:
         s = rank(z, bias)
         worst_chosen = s.gather(1, ids).amin(-1)
         best_other = s.scatter(1, ids, -math.inf).amax(-1)
@@ -233,13 +256,14 @@ def _selection(
 
 
 def _candidates(
-    experts: int, has_bias: bool, groups: int | None, top_groups: int | None, score: str | None
+    experts: int, has_bias: bool, limit: Groups, score: str | None
 ) -> list[tuple[str, Score]]:
     """Selection scores to try, the most structured first.
 
     Few tokens, or a bias that is still zero, fit the plain ones too, and what fits first is kept
     for the whole run.
     """
+    groups, top_groups = limit
     names: dict[str, Score] = {
         name: lambda z, _, name=name: _raw(z, name)  # type: ignore[misc]
         for name in ("softmax", *POSITIVE)
@@ -254,16 +278,22 @@ def _candidates(
             for n, f in (*plain, logits)
         ]
     out: list[tuple[str, Score]] = []
-    if groups and top_groups and experts % groups == 0:
-        tops = ((2, "groups by top-2"), (1, "groups by top-1"))
+    if groups and top_groups and top_groups < groups and experts % groups == 0:
+        tops = [(2, "groups by top-2"), (1, "groups by top-1")]
+        if not has_bias:
+            tops = [*tops[::-1], (experts // groups, "groups by their sum")]
         for name, f in biased or plain:
-            for best, label in tops if has_bias else tops[::-1]:
+            for best, label in tops:
                 out.append((f"{name}, {label}", _grouped(f, groups, top_groups, best)))
     return [*out, *biased, logits]
 
 
 def _grouped(score: Score, groups: int, top_groups: int, best: int) -> Score:
-    """Only experts of the best groups may be chosen (DeepSeek-V2: best 1, DeepSeek-V3: best 2)."""
+    """Only experts of the best groups may be chosen.
+
+    DeepSeek-V2: by the best one in them, DeepSeek-V3: by the best two; a router of two stages: by
+    the sum of all, where the score is a probability.
+    """
 
     def rank(z: Tensor, bias: Tensor | None) -> Tensor:
         s = score(z, bias)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Literal
 
 from moe_lens.errors import CaptureBreach, UnsupportedRouter
 from moe_lens.trace.meta import Meta
 from moe_lens.trace.writer import TraceWriter
+from moe_lens_hooks.forward import OpenForward
 
 OnTrouble = Literal["raise", "warn"]
 
@@ -55,6 +56,18 @@ class Watch:
         """
         self._seen_here.append(text)
         self._refused |= refused
+
+    def problems(self, forward: OpenForward, refusals: Collection[str | None]) -> None:
+        """A forward is over: its problems are breaches.
+
+        Args:
+            forward: Knows them.
+            refusals: Texts that say that a layer's routing cannot be seen.
+        """
+        for text, n in forward.problems.items():
+            times = f" ({n})" if n > 1 else ""
+            where = f"step {forward.step}, forward {forward.forward}"
+            self.breach(f"{where}: {text}{times}", refused=text in refusals)
 
     def check(self) -> None:
         """Raise or warn of what is new.

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from moe_lens_hooks.adapter import Adapter, MoELayer
 from moe_lens_hooks.adapters import all_adapters
+from moe_lens_hooks.expert_weights import members, stacked
 from moe_lens_hooks.finding import find_layers
-from moe_lens_hooks.inside.looks import bank_of_list
 from moe_lens_hooks.semantics import correction_bias
 
 _AT_ONCE = 1 << 24
@@ -149,31 +149,17 @@ def _gram(layer: MoELayer) -> Tensor | None:
 
 
 def _stacked(layer: MoELayer) -> Iterator[list[Tensor]]:
-    """Parameters `[E, ., .]`; or `[E F, .]`, flattened (dbrx), inside of `experts`."""
-    E = layer.info.experts
-    of_router = {id(p) for p in layer.router.parameters()} if layer.router is not None else set()
-    own = [p for p in layer.block.parameters() if id(p) not in of_router and p.is_floating_point()]
-    found = [p for p in own if p.ndim == 3 and p.shape[0] == E]
-    experts = getattr(layer.block, "experts", None)
-    if not found and isinstance(experts, nn.Module) and bank_of_list(experts) is None:
-        inside = (p for p in experts.parameters() if p.is_floating_point())
-        found = [p for p in inside if p.ndim == 2 and p.shape[0] % E == 0 and p.shape[0] > E]
-    for p in found:
-        yield [x.reshape(-1) for x in p.detach().chunk(E)]
+    """Of each stack of parameters: every expert's part, flattened."""
+    for p in stacked(layer):
+        yield [x.reshape(-1) for x in p.detach().chunk(layer.info.experts)]
 
 
 def _listed(layer: MoELayer) -> Iterator[list[Tensor]]:
     """One module an expert: the parameters of one name, of all of them."""
-    E = layer.info.experts
-    for child in layer.block.modules():
-        bank = bank_of_list(child)
-        if bank is None or len(bank.members) - bank.zero != E:
-            continue
-        each = [dict(m.named_parameters()) for m in bank.members[:E]]
-        for name, first in each[0].items():
-            if first.is_floating_point() and first.ndim > 1:
-                yield [x[name].detach().reshape(-1) for x in each]
-        return
+    each = [dict(m.named_parameters()) for m in members(layer)]
+    for name, first in each[0].items() if each else ():
+        if first.is_floating_point() and first.ndim > 1:
+            yield [x[name].detach().reshape(-1) for x in each]
 
 
 def _numpy(x: Tensor) -> NDArray[Any]:

@@ -65,12 +65,14 @@ def analyze(
     from rich.console import Console
 
     from moe_lens.terminal.analyzed import print_phase
+    from moe_lens.terminal.made_up import print_made_up
 
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 100
     for each in said:
         print_phase(console, each)
+    print_made_up(console, info.made_steps)
 
 
 def _asked(only: str | None) -> list[Metric]:
@@ -134,7 +136,8 @@ def _phase(
     catalogue = [
         {"name": m.name, "group": m.group, "unit": m.unit, "level": m.level} for m in asked
     ]
-    said = {"phase": phase, "catalogue": catalogue, "layers": rows}
+    made = info.made_steps or None  # forwards that no engine ran, and how they were made
+    said = {"phase": phase, "made_up_steps": made, "catalogue": catalogue, "layers": rows}
     through = _paths(trace, phase, layers) if _all_of("transitions", asked) else []
     return {"answer": sentence(said), **said, "paths": through, "lacking": lacking(said)}
 

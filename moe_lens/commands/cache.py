@@ -17,6 +17,7 @@ from moe_lens.numbers import finite
 if TYPE_CHECKING:
     from moe_lens.metrics.summary import Layer
     from moe_lens.queries.memory import LayerMemory
+    from moe_lens.trace.meta import LayerInfo
 
 
 class UnitName(StrEnum):
@@ -88,7 +89,8 @@ def cache(
     from moe_lens.queries.session import open_trace
 
     with ends_at_once(), open_trace(run, skip_damaged=skip_damaged) as trace:
-        known = {x.layer for run in trace.info().runs for x in run.layers}
+        infos = trace.info().runs
+        known = {x.layer for info in infos for x in info.layers}
         found: dict[str, list[LayerMemory]] = {}
         for each in memory(
             trace, phase=phase, layers=chosen, unit=unit.value, batch=batch, most=tokens
@@ -100,18 +102,25 @@ def cache(
         missing = (chosen or known) - {each.info.layer for each in measured}
         phase_said = _phase(name, measured, weighed, resident, bandwidth)
         said.append(phase_said | {"not_measured": sorted(missing)})
-    _print(said, as_json)
+    by_forward = unit is UnitName.forward
+    _print(said, as_json, infos[0].made_steps if by_forward else "")
 
 
 def _weighed(each: LayerMemory, dtype: str, expert_mb: float | None) -> Layer:
-    from moe_lens.metrics.stall import expert_bytes
     from moe_lens.metrics.summary import Layer
 
-    hidden, intermediate = each.info.hidden_size, each.info.intermediate_size
-    size = None if expert_mb is None else expert_mb * 1e6
-    if size is None and hidden is not None and intermediate is not None:
-        size = expert_bytes(hidden, intermediate, dtype)
-    return Layer(each.info.layer, each.memory, size)
+    return Layer(each.info.layer, each.memory, bytes_of(each.info, dtype, expert_mb))
+
+
+def bytes_of(info: LayerInfo, dtype: str, expert_mb: float | None) -> float | None:
+    """Bytes of an expert of a layer, from `--expert-mb` or its sizes; None: not known."""
+    from moe_lens.metrics.stall import expert_bytes
+
+    if expert_mb is not None:
+        return expert_mb * 1e6
+    if info.hidden_size is None or info.intermediate_size is None:
+        return None
+    return expert_bytes(info.hidden_size, info.intermediate_size, dtype)
 
 
 def _phase(
@@ -163,12 +172,13 @@ def _curves(each: Layer) -> dict[str, Any]:
     }
 
 
-def _print(said: list[dict[str, Any]], as_json: bool) -> None:
+def _print(said: list[dict[str, Any]], as_json: bool, made_steps: str) -> None:
     if as_json:
         typer.echo(json.dumps(finite(said), ensure_ascii=False, indent=1))
         return
     from rich.console import Console
 
+    from moe_lens.terminal.made_up import print_made_up
     from moe_lens.terminal.memory import print_phase
 
     console = Console(highlight=False)
@@ -176,3 +186,4 @@ def _print(said: list[dict[str, Any]], as_json: bool) -> None:
         console.width = 100
     for each in said:
         print_phase(console, {k: v for k, v in each.items() if k != "curves"})
+    print_made_up(console, made_steps)

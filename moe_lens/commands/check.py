@@ -68,27 +68,31 @@ def check(
             )  # fmt: skip
         except QueryError as e:  # 1 would say that an alarm fired
             raise CommandError(str(e)) from e
+        made_steps = next((x.made_steps for t in traces for x in t.info().runs if x.made_steps), "")
     if as_json:
-        typer.echo(json.dumps(finite(_said(found)), ensure_ascii=False, indent=1))
+        typer.echo(json.dumps(finite(_said(found, made_steps)), ensure_ascii=False, indent=1))
     else:
         from rich.console import Console
 
         from moe_lens.terminal.checked import print_checked
+        from moe_lens.terminal.made_up import print_made_up
 
         console = Console(highlight=False)
         if not console.is_terminal:
             console.width = 100
         print_checked(console, found)
+        print_made_up(console, made_steps)
     if any(each.fired for each in found):
         raise typer.Exit(1)
 
 
-def _said(found: list[Checked]) -> list[dict[str, Any]]:
+def _said(found: list[Checked], made_steps: str) -> list[dict[str, Any]]:
     from dataclasses import asdict
 
     return [
         {
             "phase": each.phase,
+            "made_up_steps": made_steps or None,
             "blocks": each.blocks,
             "fired": each.fired,
             "alarms": [

@@ -22,7 +22,7 @@ def all_to_all(table: pd.DataFrame) -> go.Figure:
     table = one_run(table)
     ways = [way for way in ("dispatch", "combine") if known(table, f"{way}_ms")]
     if not ways:
-        return blank("All-to-all time", BLANK)
+        return blank("All-to-all time", BLANK, "No times of all-to-alls", lacks=("times",))
     columns = {way: numbers(table, f"{way}_ms") for way in ways}
     sums = pd.DataFrame(columns).groupby(table["step"].to_numpy()).sum(min_count=1)
     words = ", ".join(f"{way} {sums[way].mean():,.3g} ms" for way in ways)

@@ -28,6 +28,8 @@ def capacity_curve(table: pd.DataFrame, recorded: float | None = None) -> go.Fig
             "What another capacity would drop",
             "Nothing to sweep: these layers have no counts of single forwards "
             "and no per-token rows (record(..., tokens=...) keeps them).",
+            "Nothing to sweep: no counts of single forwards, and no per-token rows",
+            lacks=("tokens",),
         )
     overall = means(table, "capacity_factor", "dropped_share", "choices").dropna()
     enough = overall[overall < KEPT]

@@ -27,6 +27,7 @@ def co_activation(table: pd.DataFrame) -> go.Figure:
             "Experts chosen together",
             "No kept token chose two experts in this layer "
             "(per-token rows: record(..., tokens=...)).",
+            "No token is known that chose two experts in this layer",
         )
     lift = matrix(table, "expert", "other", "lift")
     together = matrix(table, "expert", "other", "together")

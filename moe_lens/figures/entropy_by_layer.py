@@ -25,7 +25,12 @@ def entropy_by_layer(table: pd.DataFrame) -> go.Figure:
     table = one_run(table)
     if not known(table, "entropy_norm"):
         why = "these routers have no distribution over experts." if len(table) else NO_TOKEN
-        return blank("Router entropy by layer", f"Nothing of this was recorded: {why}")
+        return blank(
+            "Router entropy by layer",
+            f"Nothing of this was recorded: {why}",
+            "No router entropy" if len(table) else "",
+            lacks=("entropy",),
+        )
     overall = means(table, "layer", "entropy_norm", "tokens").dropna()
     made = figure(
         f"Layer {overall.idxmin()} is the surest router: entropy {decimal(overall.min())}"

@@ -24,6 +24,7 @@ def expert_companions(table: pd.DataFrame) -> go.Figure:
             "Companions of this expert",
             "No kept token chose it together with another expert "
             "(per-token rows: record(..., tokens=...)).",
+            "No token is known that chose it together with another expert",
         )
     table = table.sort_values("share", ascending=False, kind="stable")
     places = list(range(len(table)))

@@ -24,6 +24,8 @@ def expert_positions(table: pd.DataFrame) -> go.Figure:
         return blank(
             "Positions of this expert",
             "No per-token rows were recorded in this layer: record(..., tokens=...) keeps them.",
+            "No positions of single tokens",
+            lacks=("sequences", "tokens"),
         )
     share = numbers(table, "share")
     overall = chosen.sum() / tokens.sum()

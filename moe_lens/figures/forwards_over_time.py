@@ -21,6 +21,13 @@ def forwards_over_time(table: pd.DataFrame) -> go.Figure:
     """
     table = one_run(table)
     if not known(table, "tokens_per_second"):
+        if len(table):
+            return blank(
+                "Speed over time",
+                "The trace has no times of forwards.",
+                "The trace has no times",
+                lacks=("times",),
+            )
         return blank("Speed over time", "No forward was recorded.")
     host, forwards = numbers(table, "host_ms"), numbers(table, "forwards")
     made = figure(

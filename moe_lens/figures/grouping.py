@@ -28,6 +28,8 @@ def grouping(table: pd.DataFrame) -> go.Figure:
             "Batches grouped by tag",
             "It takes two tags that have a batch of sequences each: rec.step(tags=...), and more "
             "sequences or smaller batches.",
+            "It takes two tags that have a batch of sequences each, and more sequences or smaller "
+            "batches",
         )
     first = table.iloc[0]
     made = figure(

@@ -34,6 +34,7 @@ def hit_rates(table: pd.DataFrame) -> go.Figure:
             "Hit rates of a cache of experts",
             "Too few tokens were kept to fill a cache and count its hits: "
             "record(..., tokens=...) keeps them.",
+            "Too few tokens to fill a cache and count its hits",
         )
     size = numbers(table, "size")
     half = table.iloc[int(np.argmax(size >= size[-1] / 2))]

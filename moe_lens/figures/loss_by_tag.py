@@ -25,6 +25,8 @@ def loss_by_tag(table: pd.DataFrame) -> go.Figure:
         return blank(
             "Loss by tag",
             "Nothing of this was recorded: hand losses over with rec.loss(...).",
+            "No losses",
+            lacks=("losses",),
         )
     table = table[numbers(table, "loss") == numbers(table, "loss")]
     tags = list(table.groupby("tag")["loss"].max().sort_values(ascending=False).index)

@@ -28,6 +28,8 @@ def near_ties(table: pd.DataFrame) -> go.Figure:
             "Near ties",
             "No margins were recorded: they stand in per-token rows (record(..., tokens=...)), "
             "and some routers have none.",
+            "No margins",
+            lacks=("entropy",),
         )
     table = table.assign(low=numbers(table, "low"), high=numbers(table, "high"))
     bins = sorted(set(zip(table["low"], table["high"].fillna(np.inf), strict=True)))

@@ -32,6 +32,7 @@ def prefetch(table: pd.DataFrame) -> go.Figure:
             "Prefetching experts",
             "Too few tokens were kept to fit a prediction and score it: "
             "record(..., tokens=...) keeps them.",
+            "Too few tokens to fit a prediction and score it",
         )
     size = numbers(table, "size")
     quarter = table.iloc[max(0, len(table) // 4 - 1)]

@@ -30,6 +30,13 @@ def quality_by_tag(table: pd.DataFrame) -> go.Figure:
     table = one_run(table)
     parts = [part for part in PARTS if known(table, part[0])]
     if not parts:
+        if len(table):
+            return blank(
+                "Quality by tag",
+                "Nothing of this was recorded.",
+                "No losses, drops or router entropy",
+                lacks=("losses",),
+            )
         return blank("Quality by tag", "No valid token was routed.")
     first = parts[0][0]
     table = table.sort_values(first, ascending=False, kind="stable", na_position="last")

@@ -27,6 +27,8 @@ def quality_of_dropped(table: pd.DataFrame) -> go.Figure:
             "Loss of dropped tokens",
             "Nothing of this was recorded: it takes per-token rows (record(..., tokens=...)) "
             "and losses by position (rec.loss).",
+            "No losses of single tokens",
+            lacks=("losses",),
         )
     lost = table["dropped"].astype(bool).to_numpy()
     if not lost.any():

@@ -27,6 +27,8 @@ def rank_traffic(table: pd.DataFrame) -> go.Figure:
             "Traffic between ranks",
             "This run has no rows per token, so it is not known what tokens send. Record with "
             "tokens=1.0.",
+            "This run has no rows per token, so it is not known what tokens send",
+            lacks=("tokens",),
         )
     rows = matrix(table, "source", "destination", "rows")
     total = numbers(table, "rows").sum()

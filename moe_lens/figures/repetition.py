@@ -24,6 +24,8 @@ def repetition(table: pd.DataFrame) -> go.Figure:
         return blank(
             "Repetition between consecutive tokens",
             "No consecutive tokens were kept: record(..., tokens=...) keeps whole sequences.",
+            "No consecutive tokens of one sequence",
+            lacks=("sequences", "tokens"),
         )
     share, chance = numbers(table, "repeated_share"), numbers(table, "chance")
     pairs = numbers(table, "pairs")

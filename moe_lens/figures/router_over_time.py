@@ -36,7 +36,12 @@ def router_over_time(table: pd.DataFrame, value: str = "entropy_norm") -> go.Fig
     table = one_run(table)
     if not known(table, value):
         why = "No token was routed." if not len(table) else f"These routers have no {name.lower()}."
-        return blank(f"{name} over time", f"Nothing of this was recorded: {why}")
+        return blank(
+            f"{name} over time",
+            f"Nothing of this was recorded: {why}",
+            f"No {name.lower()}" if len(table) else "",
+            lacks=("entropy",),
+        )
     if table["tag"].nunique() > 1:
         made = figure(f"{name} by tag", "Mean over layers and tokens, per step")
         # Those with most tokens: there are no more colours to tell them apart.

@@ -24,6 +24,8 @@ def transitions(table: pd.DataFrame) -> go.Figure:
             "From layer to layer",
             "Nothing of this was recorded: it takes per-token rows (record(..., tokens=...)) "
             "and a next layer.",
+            "No gate weights, which would tell a token's first choice",
+            lacks=("weights", "tokens"),
         )
     share = matrix(table, "expert", "next_expert", "share").fillna(0)
     tokens = matrix(table, "expert", "next_expert", "tokens")

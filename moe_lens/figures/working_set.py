@@ -23,6 +23,7 @@ def working_set(table: pd.DataFrame) -> go.Figure:
         return blank(
             "Working set of a conversation",
             "No sequences were kept: record(..., tokens=...) keeps whole ones.",
+            "No sequences that are long enough",
         )
     tokens = numbers(table, "tokens")
     # The longest sequence may be alone: the title speaks of the longest that half of them reach.

@@ -49,7 +49,7 @@ _DRAWN = {
 _BEHIND = {
     "draws_RE": ("counts_E", "tokens"),
     "draws_RFE": ("counts_FE", "tokens_F"),
-    "moves": ("ids_NK", "before_NK"),
+    "moves": ("ids_NK", "ranked", "before_NK"),
     "prefetched": ("ids_NK", "before_NK", "sequence_N", "top_k"),
     "reachable_sets": ("group_limit", "top_k"),
     "sets_M": ("ids_NK",),
@@ -60,6 +60,8 @@ _BEHIND = {
     "placed_BE": ("ids_NK", "position_N"),
     "turned_RBE": ("ids_NK", "position_N", "sequence_N"),
     "of_ids": ("ids_NK", "token_id_N", "sequence_N"),
+    "ranked_ids": ("ids_NK", "ranked", "token_id_N", "sequence_N"),
+    "ranked_sequences": ("ids_NK", "ranked", "position_N", "sequence_N"),
     "given_ids_R": ("ids_NK", "token_id_N", "sequence_N", "tag_N", "tags"),
 }
 """What draws are made of."""

@@ -57,7 +57,7 @@ class Data:
 DATA = {
     "experts": Data("C", "no experts"),
     "outputs": Data("C", "no experts"),
-    "top_k": Data("C", "no a fixed number of choices per token"),
+    "top_k": Data("C", "no fixed number of choices per token"),
     "tokens": Data("C", "no tokens"),
     "counts_E": Data("C", "no choices"),
     "counts_HE": Data("C", "fewer than two steps"),
@@ -83,6 +83,7 @@ DATA = {
     "prob_TV": Data("Z", "no router logits, and what they mean"),
     "ids_NK": Data("I", "no per-token rows"),
     "weights_NK": Data("W", "no gate weights of the router's own choices"),
+    "ranked": Data("I", "no gate weights, which would tell a token's first choice"),
     "before_NK": Data("I", "no layer before it in its stream"),
     "sequence_N": Data("I", "no per-token rows"),
     "position_N": Data("I", "no per-token rows"),
@@ -100,6 +101,7 @@ DATA = {
     "placed_BE": Data("I", "no per-token rows"),
     "turned_RBE": Data("I", "no per-token rows"),
     "of_ids": Data("I", "no token ids: record with token_ids=True"),
+    "ranked_ids": Data("I", "no token ids: record with token_ids=True"),
     "given_ids_R": Data("I", "no token ids: record with token_ids=True"),
     "ranking": Data("C", "no known selection bias"),
     "moves": Data("I", "no layer before it in its stream"),
@@ -111,6 +113,7 @@ DATA = {
     "set_draws_RM": Data("I", "no tokens that all made k choices"),
     "pairs": Data("I", "no per-token rows"),
     "sequences": Data("I", "no per-token rows"),
+    "ranked_sequences": Data("I", "no per-token rows"),
     "draws_RE": Data("C", "no choices"),
     "draws_RFE": Data("C", "no counts of single forwards: windows hold several"),
 }  # fmt: skip
@@ -149,6 +152,7 @@ class Evidence:
         prob_TV: What they mean: softmax, or scores divided by their sum.
         ids_NK: The router's choices of experts, the largest gate weight first; -1: chose fewer.
         weights_NK: Their gate weights; 0 where there is no choice.
+        ranked: Whether the first choice stands first; null where nothing tells which it is.
         before_NK: The same tokens' choices in the layer before.
         sequence_N: Number of the token's sequence, from 0 and ascending.
         position_N: Position in it, ascending.
@@ -195,6 +199,7 @@ class Evidence:
     prob_TV: Floats | None = None
     ids_NK: Ints | None = None
     weights_NK: Floats | None = None
+    ranked: bool | None = True
     before_NK: Ints | None = None
     sequence_N: Ints | None = None
     position_N: Ints | None = None
@@ -228,7 +233,7 @@ class Evidence:
     @cached_property
     def moves(self) -> Moves | None:
         """Where tokens of each expert of the layer before go, as they are and shuffled."""
-        if self.before_NK is None or self.ids_NK is None:
+        if self.before_NK is None or self.ids_NK is None or self.ranked is None:
             return None
         return moves(self.before_NK, self.ids_NK)
 
@@ -265,6 +270,11 @@ class Evidence:
         if ids_NK is None or sequence_N is None or position_N is None:
             return None
         return Sequences(ids_NK, sequence_N, position_N, self.experts)
+
+    @property
+    def ranked_sequences(self) -> Sequences | None:
+        """The same where it is known which choice is a token's first."""
+        return None if self.ranked is None else self.sequences
 
     @cached_property
     def set_draws_RM(self) -> Ints | None:
@@ -318,6 +328,11 @@ class Evidence:
         if self.ids_NK is None or self.token_id_N is None or self.sequence_N is None:
             return None
         return of_ids(self.ids_NK, self.token_id_N, self.sequence_N, self.experts)
+
+    @property
+    def ranked_ids(self) -> OfIds | None:
+        """The same where it is known which choice is a token's first."""
+        return None if self.ranked is None else self.of_ids
 
     @cached_property
     def given_ids_R(self) -> Floats | None:

@@ -97,10 +97,10 @@ def _around(expected: float, draws: ArrayLike) -> Chance:
     return Chance(expected, found.low, found.high)
 
 
-def _first_by_chance(sequences: Sequences) -> Chance:
-    first_N = sequences.ids_NK[:, 0]
+def _first_by_chance(ranked_sequences: Sequences) -> Chance:
+    first_N = ranked_sequences.ids_NK[:, 0]
     n_E = np.bincount(first_N[first_N >= 0])
-    return _around(repeated(n_E, int(n_E.sum())), sequences.drawn["repeated_first"])
+    return _around(repeated(n_E, int(n_E.sum())), ranked_sequences.drawn["repeated_first"])
 
 
 def _overlap_by_chance(sequences: Sequences) -> Chance:
@@ -145,9 +145,9 @@ def _popular(sequences: Sequences) -> float:
     null=f"{_ANEW}; expected: the sum of squared shares of first choices. A uniform router: 1/E",
     chance=_first_by_chance,
 )
-def repeated_first(sequences: Sequences) -> float:
+def repeated_first(ranked_sequences: Sequences) -> float:
     """How often a token's first choice is that of the token before it."""
-    return sequences.found["repeated_first"]
+    return ranked_sequences.found["repeated_first"]
 
 
 @metric(

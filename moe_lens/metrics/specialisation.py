@@ -256,11 +256,11 @@ def _independence(of_ids: OfIds) -> Floats:
     f"{MIN_COUNT} times or more; each token weighs alike",
     range="0 to 1",
     source="OpenMoE (Xue et al. 2024, arXiv 2402.01739)",
-    chance=lambda of_ids: of_draws(of_ids.agreement[1:]),
+    chance=lambda ranked_ids: of_draws(ranked_ids.agreement[1:]),
 )
-def same_token_agreement(of_ids: OfIds) -> float:
+def same_token_agreement(ranked_ids: OfIds) -> float:
     """How often a token goes where another one with its id goes; 1: the context has no part."""
-    return float(of_ids.agreement[0])
+    return float(ranked_ids.agreement[0])
 
 
 @metric(

@@ -1,15 +1,19 @@
-"""Tables made of meta files: `moe_layers` (how each router is configured) and `runs`."""
+"""Tables made of meta files: `moe_layers` (how routers are configured), `moe_experts`, `runs`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, get_type_hints
 
+import numpy as np
 import pyarrow as pa
 
 from moe_lens.errors import TraceError
+from moe_lens.metrics.subsets import reachable
 from moe_lens.trace.meta import LayerInfo
 
 if TYPE_CHECKING:
@@ -58,13 +62,59 @@ def layers_table(runs: Mapping[str, RunFiles]) -> pa.Table:
     """One row per (run, layer): what the lowest rank that has the layer says of it."""
     hints = get_type_hints(LayerInfo)
     columns = [("run", pa.string()), ("rank", pa.int32())]
-    columns += [(f.name, _arrow(hints[f.name])) for f in fields(LayerInfo)]
-    rows: dict[tuple[str, int], dict[str, object]] = {}
+    columns += [
+        (f.name, _arrow(hints[f.name])) for f in fields(LayerInfo) if f.name != "identities"
+    ]
+    columns.append(("reachable_bits", pa.float64()))
+    rows = [
+        {"run": name, "rank": rank, **asdict(info), "reachable_bits": reachable_bits(info)}
+        for name, rank, info in _layers(runs)
+    ]
+    return pa.Table.from_pylist(rows, pa.schema(columns))
+
+
+EXPERTS = pa.schema(
+    [("run", pa.string()), ("layer", pa.int32()), ("expert", pa.int32()), ("identity", pa.string())]
+)
+
+
+def experts_table(runs: Mapping[str, RunFiles]) -> pa.Table:
+    """One row per (run, layer, expert): whose weights it runs. Zero-compute experts have none."""
+    layers = list(_layers(runs))
+    size = [info.experts for _, _, info in layers]
+    run, layer = [name for name, _, _ in layers], [info.layer for _, _, info in layers]
+    at = np.repeat(np.arange(len(layers)), size)
+    columns = {
+        "run": pa.array(run, pa.string()).take(pa.array(at)),
+        "layer": pa.array(layer, pa.int32()).take(pa.array(at)),
+        "expert": pa.array(np.concatenate([np.arange(n) for n in (0, *size)]), pa.int32()),
+        "identity": pa.array([x for _, _, info in layers for x in info.named], pa.string()),
+    }
+    return pa.table(columns, EXPERTS)
+
+
+def _layers(runs: Mapping[str, RunFiles]) -> Iterator[tuple[str, int, LayerInfo]]:
+    """Every layer of every run, by its lowest rank that has it."""
+    found: dict[tuple[str, int], tuple[str, int, LayerInfo]] = {}
     for name, files in runs.items():
         for rank, meta in sorted(files.metas.items()):
             for info in meta.layers:
-                rows.setdefault((name, info.layer), {"run": name, "rank": rank, **asdict(info)})
-    return pa.Table.from_pylist([rows[k] for k in sorted(rows)], pa.schema(columns))
+                found.setdefault((name, info.layer), (name, rank, info))
+    yield from (found[k] for k in sorted(found))
+
+
+def reachable_bits(info: LayerInfo) -> float | None:
+    """log2 of the sets of experts that a token can choose; None where their size is not fixed."""
+    if info.top_k is None or info.zero_experts or info.contradiction is not None:
+        return None
+    groups = info.groups or 1
+    sets = _reachable(info.experts, info.top_k, groups, info.top_groups or groups)
+    return math.log2(sets) if sets else None
+
+
+@lru_cache(maxsize=256)
+def _reachable(experts: int, top_k: int, groups: int, top_groups: int) -> int:
+    return reachable(experts, top_k, groups, top_groups) if top_k <= experts else 0
 
 
 def runs_table(runs: Mapping[str, RunFiles]) -> pa.Table:

@@ -23,8 +23,8 @@ _NO_LOGITS = "no router logits of single tokens: record with tokens=1.0 and logi
 
 FIELDS = (
     "chosen_TV", "weight_TV", "dropped_TV", "sequence_T", "logits_TV", "prob_TV",
-    "ids_NK", "weights_NK", "sequence_N", "position_N", "tag_N", "tags", "token_id_N", "margin_N",
-    "dropped_N", "loss_N", "ranking", "pairs", "sequences",
+    "ids_NK", "weights_NK", "ranked", "sequence_N", "position_N", "tag_N", "tags", "token_id_N",
+    "margin_N", "dropped_N", "loss_N", "ranking", "pairs", "sequences",
 )  # fmt: skip
 """Of `Evidence`."""
 
@@ -35,6 +35,7 @@ def fields(rows: pd.DataFrame, info: LayerInfo) -> dict[str, Any]:
     out: dict[str, Any] = {
         **_dense(rows, info),
         "ids_NK": ids_NK,
+        "ranked": True if ranked(rows) else None,
         "sequence_N": _sequences(rows),
         "position_N": rows["position"].to_numpy(np.int64),
         "ranking": ranking(info.selection, info.groups, info.top_groups),
@@ -69,7 +70,8 @@ def _dense(rows: pd.DataFrame, info: LayerInfo) -> dict[str, Any]:
                 out["prob_TV"] = probabilities(logits_TV, info.score)
                 why = {}
     out["chosen_TV"] = _marked(_router_ids(rows), outputs) > 0
-    out["weight_TV"] = _marked(rows["expert_ids"], outputs, rows["weights"])
+    if rows["weights"].notna().all():
+        out["weight_TV"] = _marked(rows["expert_ids"], outputs, rows["weights"])
     dropped_TV = _dropped(rows, outputs)
     if dropped_TV.any():
         out["dropped_TV"] = dropped_TV
@@ -136,18 +138,26 @@ def before(rows: pd.DataFrame, previous: pd.DataFrame, experts: int) -> dict[str
 def choices(
     rows: pd.DataFrame, experts: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float64] | None]:
-    """Experts and weights, largest weight first; zero-compute experts are none: -1."""
+    """Experts and weights, largest weight first; zero-compute experts are none: -1.
+
+    Without weights, or with those of other experts, they stay in the order of the trace.
+    """
     chosen = _router_ids(rows)
     sizes_N = np.array([len(x) for x in chosen], np.int64)
     ids_NK = padded(chosen, sizes_N, -1).astype(np.int64)
     ids_NK[ids_NK >= experts] = -1
-    if rows["router_ids"].notna().any():  # weights are of other experts
+    if rows["router_ids"].notna().any() or rows["weights"].isna().any():
         return ids_NK, None
     weights_NK = np.where(ids_NK < 0, -np.inf, padded(rows["weights"], sizes_N, 0.0))
     order_NK = np.argsort(-weights_NK, axis=1, kind="stable")
     ids_NK = np.take_along_axis(ids_NK, order_NK, 1)
     weights_NK = np.take_along_axis(weights_NK, order_NK, 1)
     return ids_NK, np.where(ids_NK < 0, 0.0, weights_NK)
+
+
+def ranked(rows: pd.DataFrame) -> bool:
+    """Whether the first of `choices` is the router's first: nothing tells without weights."""
+    return bool(rows["weights"].notna().all() or rows["router_ids"].notna().any())
 
 
 def padded(

@@ -1,7 +1,8 @@
 -- What capture saw and what it lost, per phase.
 -- lost_rows: per-token rows lost because the writer fell behind (counts are never lost).
 -- fires_expected: MoE blocks entered; fires_seen: those whose routing was seen.
--- breaches: invariants that failed. sampled: forwards whose per-token rows were asked for.
+-- breaches: invariants that failed. sampled: forwards whose per-token rows were asked for. Of an
+-- imported run lost_rows and fires say nothing: nobody watched its recorder.
 -- $first_step int = null: first step that counts
 -- $last_step int = null: last step that counts
 -- $phase text = null: only this phase

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_lens.errors import QueryError
+from moe_lens.lacking import not_there
 from moe_lens.metrics.alarms import ALARMS, BLOCKS, Verdict
 from moe_lens.metrics.alarms import check as judge
 from moe_lens.metrics.catalogue import Metric, metrics
@@ -98,8 +99,22 @@ def check(
             behind = {x.layer: x for x in read(against, other, each, infos)}
             watched = [replace(x, against=behind[x.layer]) for x in watched if x.layer in behind]
         blocks = max((x.blocks for x in watched), default=0)
-        found.append(Checked(each, blocks, judge(watched, only)))
+        verdicts = [_because(run, verdict) for verdict in judge(watched, only)]
+        found.append(Checked(each, blocks, verdicts))
     return found
+
+
+def _because(run: RunInfo, verdict: Verdict) -> Verdict:
+    """With the reasons for which an imported trace lacks something."""
+    if not run.imported:
+        return verdict
+    lacks: dict[str, tuple[int, ...]] = {}
+    for reason, layers in verdict.lacks.items():
+        text = f"no drops: {not_there(run, 'drops')}" if verdict.alarm == "drops" else reason
+        if verdict.alarm in ("z_loss", "entropy"):
+            text = f"{reason}: {not_there(run, 'entropy')}"
+        lacks[text] = (*lacks.get(text, ()), *layers)
+    return replace(verdict, lacks=lacks)
 
 
 def read(trace: Trace, run: RunInfo, phase: str, infos: Iterable[LayerInfo]) -> list[Watched]:

@@ -23,18 +23,7 @@ excluded as (
   -- Left out by a join that finds nothing: most often these are few, and all others are many.
   select t.run, t.rank, t.attempt, t.step, t.forward, t.stream, t.token
   from tokens as t
-  where (
-      t.padding
-      or ($tag is not null and t.tag <> $tag)
-      or (
-        $phase is not null
-        and not exists (
-          select 1 from steps as f
-          where f.run = t.run and f.rank = t.rank and f.step = t.step and f.forward = t.forward
-            and f.phase = $phase
-        )
-      )
-    )
+  where (t.padding or ($tag is not null and t.tag <> $tag))
     and ($first_step is null or t.step >= $first_step)
     and ($last_step is null or t.step <= $last_step)
     and ($rank is null or t.rank = $rank)
@@ -53,6 +42,20 @@ valid as (
     and ($first_step is null or r.step >= $first_step)
     and ($last_step is null or r.step <= $last_step)
     and ($rank is null or r.rank = $rank)
+    -- Not by way of their tokens: these are not in every trace.
+    and (
+      $phase is null
+      or exists (
+        select 1 from steps as f
+        where f.run = r.run and f.rank = r.rank and f.step = r.step and f.forward = r.forward
+          and f.phase = $phase
+      )
+    )
+    and (
+      $tag is null
+      or r.run in (select run from tokens where tag = $tag)
+      or r.run in (select run from slices where tag = $tag)
+    )
 ),
 totals as (
   select run, cast(count(*) as double) as tokens from valid group by run

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe_lens.trace.schema import LOAD_COARSE, REPLAY, REPLAY_EP, TABLES
+from moe_lens.trace.schema import COUNTERFACTUAL, LOAD_COARSE, REPLAY, REPLAY_EP, TABLES
+
+_BESIDE = (LOAD_COARSE, REPLAY, REPLAY_EP, COUNTERFACTUAL)
 
 _MORE = {
     "run": "name of the run",
@@ -14,6 +16,8 @@ _MORE = {
 
 _META = {
     "moe_layers": "an MoE layer: how its router is configured (from the meta files)",
+    "moe_experts": "an expert of a layer, and whose weights it runs: the same `identity` in two "
+    "layers is the same weights (from the meta files)",
     "runs": "a rank of a run: what was recorded, when, and how it ended (from the meta files)",
 }
 
@@ -44,7 +48,7 @@ def describe(name: str, columns: dict[str, str]) -> View:
         name: Of the view.
         columns: Name of each column to its type.
     """
-    table = (TABLES | {t.name: t for t in (LOAD_COARSE, REPLAY, REPLAY_EP)}).get(name)
+    table = (TABLES | {t.name: t for t in _BESIDE}).get(name)
     known = {} if table is None else {c.name: c.doc for c in table.columns}
     row = _META.get(name, "") if table is None else table.row
     declared = "declared by the user" if name == "sequences" else ""

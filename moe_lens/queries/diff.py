@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from moe_lens.errors import TraceError
+from moe_lens.lacking import not_there
 from moe_lens.metrics.matching import Matched, match
 from moe_lens.queries.along import padded
 from moe_lens.queries.session import Trace, open_trace
@@ -39,6 +40,7 @@ class Difference:
             serve; empty: that was not asked for. None: too few tokens.
         rounded: A run keeps gate weights rounded to bf16, so differences of up to 2^-8 relative may
             be of the storage.
+        no_weights: Runs without gate weights, so that none can be compared: name, and why.
     """
 
     a: str
@@ -49,6 +51,7 @@ class Difference:
     flips: pd.DataFrame
     rounded: bool
     matched: dict[int, Matched | None] = field(default_factory=dict)
+    no_weights: tuple[str, ...] = ()
 
     @property
     def flip_rate(self) -> float:
@@ -121,9 +124,11 @@ def diff(
             )
         listed = trace.query("diff_flips", **asked, top=flips).df()
         runs = trace.table("runs").df()
-        rounded = bool((runs["weights"] != "exact").any())
+        rounded = bool((runs["weights"] == "bf16").any())
+        unweighted = [info for info in trace.info().runs if info.weights == "none"]
+        no_weights = tuple(f"{x.run}: {not_there(x, 'weights')}" for x in unweighted)
         matched = _matched(trace, asked) if match_experts else {}
-        return Difference(name_a, name_b, by, tokens, layers, listed, rounded, matched)
+        return Difference(name_a, name_b, by, tokens, layers, listed, rounded, matched, no_weights)
 
 
 def _matched(trace: Trace, asked: dict[str, str | None]) -> dict[int, Matched | None]:
@@ -172,9 +177,12 @@ def _same_tokens(trace: Trace, a: str, b: str, asked: dict[str, str | None]) -> 
         TraceError: They have not the same.
     """
     row = trace.query("diff_tokens", **asked).df().to_dict("records")[0]
+    infos = {info.run: info for info in trace.info().runs}
     sampling = trace.table("runs").df().groupby("run")["sampling"].first()
     for name, tokens in ((a, row["tokens_a"]), (b, row["tokens_b"])):
         if not tokens:
+            if infos[name].imported and infos[name].no_rows:
+                raise TraceError(f"{name} holds {infos[name].no_rows}.")
             raise TraceError(
                 f"{name} holds no per-token rows"
                 + (f" of phase {asked['phase']!r}" if asked["phase"] else "")

@@ -1,6 +1,7 @@
 -- Choices that found their expert full, and tokens that no expert served, per layer and tag.
 -- overflow_rate and dropped_rate are over routed choices, unserved_rate over tokens (all 0 to 1).
--- An overflowed choice is either dropped or moved to another expert.
+-- An overflowed choice is either dropped or moved to another expert. Of an imported run it is not known
+-- what was dropped: 0 says nothing there.
 -- $first_step int = null: first step that counts
 -- $last_step int = null: last step that counts
 -- $phase text = null: only this phase

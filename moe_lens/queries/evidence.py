@@ -26,6 +26,7 @@ from moe_lens.metrics import (
 from moe_lens.metrics.catalogue import Metric
 from moe_lens.metrics.evidence import Evidence
 from moe_lens.queries import along
+from moe_lens.queries.imported import reasons
 from moe_lens.queries.memory import previous_layer
 from moe_lens.queries.session import Trace
 
@@ -44,7 +45,6 @@ TOKENS = 196_608
 FEWEST, MOST = 4_096, 16_384
 
 _BY_EXPERTS = "experts choose their tokens here, and are balanced by that"
-_NO_ROWS = "no per-token rows: record with tokens=1.0 (moe-lens record --tokens 1)"
 _UNDEFINED = (
     specialisation.UNDEFINED
     | coactivation.UNDEFINED
@@ -123,6 +123,7 @@ class Evidences:
     ) -> None:
         chosen = [x.layer for x in run.layers if layers is None or x.layer in layers]
         self._asked = _Asked(trace, run, phase, chosen)
+        self._reasons = reasons(run)
         self._wanted = {name for each in metrics for name in each.needs}
         if not self._wanted.isdisjoint(along.FIELDS):
             self._wanted.add("tokens")  # of how many those looked at are a share
@@ -141,6 +142,7 @@ class Evidences:
                 )
                 why |= found.pop("why", {})
                 fields |= found
+        why |= {k: v for k, v in self._reasons.items() if why.get(k) != _BY_EXPERTS}
         return Evidence(
             experts=info.experts, outputs=_outputs(info), top_k=info.top_k, why=why, **fields
         )
@@ -246,7 +248,7 @@ def _sweep(asked: _Asked, info: LayerInfo) -> Fields:
 
 def _tokens(asked: _Asked, info: LayerInfo) -> Fields:
     if asked.run.token_rows == 0:
-        return {"why": dict.fromkeys(along.FIELDS, _NO_ROWS)}
+        return {"why": dict.fromkeys(along.FIELDS, asked.run.no_rows)}
     rows = asked.tokens(info)
     if rows.empty:
         return {"why": dict.fromkeys(along.FIELDS, "no per-token rows of this phase")}
@@ -254,7 +256,8 @@ def _tokens(asked: _Asked, info: LayerInfo) -> Fields:
     return found | {"why": _UNDEFINED | found["why"]}
 
 
-def _configuration(asked: _Asked, info: LayerInfo) -> Fields:
+def configuration(info: LayerInfo) -> Fields:
+    """How the router is configured, as fields of `Evidence`; those that are not known left out."""
     out: Fields = {}
     if info.hidden_size and info.intermediate_size:
         out["widths"] = (info.hidden_size, info.intermediate_size)
@@ -305,7 +308,7 @@ _READERS: list[tuple[Collection[str], Callable[[_Asked, LayerInfo], Fields]]] = 
     ),
     (("sweep",), _sweep),
     (along.FIELDS, _tokens),
-    (("group_limit", "widths"), _configuration),
+    (("group_limit", "widths"), lambda asked, info: configuration(info)),
     (("counts_GE", "tokens_G"), _tags),
     (("before_NK",), _before),
 ]  # fmt: skip

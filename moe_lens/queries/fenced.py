@@ -26,6 +26,7 @@ import pyarrow as pa
 
 from moe_lens.errors import MoeLensError, QueryError
 from moe_lens.queries.about import unique_names
+from moe_lens.queries.counterfactual import result_files
 from moe_lens.queries.views import create_views, literal, path_literal
 from moe_lens.trace.reader import RunFiles, open_run
 
@@ -138,7 +139,7 @@ def _lock(con: duckdb.DuckDBPyConnection, files: dict[str, RunFiles]) -> None:
         for ranks in run.segments.values()
         for segments in ranks.values()
         for path in segments
-    ]
+    ] + [str(path.absolute()) for _, _, path in result_files(files)]
     # As the views name them, too: there, a [ stands in brackets.
     named = dict.fromkeys(text for p in paths for text in (literal(p), path_literal(p)))
     con.execute(f"set allowed_paths = [{', '.join(named)}]")

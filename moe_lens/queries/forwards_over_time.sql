@@ -11,8 +11,9 @@ select
   run, step - step % $every as step, phase,
   count(*) as forwards,
   cast(sum(tokens) as bigint) as tokens,
-  cast(sum(host_ns) as double) / count(*) / 1e6 as host_ms,
-  cast(sum(tokens) as double) / nullif(cast(sum(host_ns) as double), 0) * 1e9 as tokens_per_second,
+  cast(sum(host_ns) as double) / nullif(count(host_ns), 0) / 1e6 as host_ms,
+  cast(sum(case when host_ns is not null then tokens end) as double)
+    / nullif(cast(sum(host_ns) as double), 0) * 1e9 as tokens_per_second,
   cast(sum(lost_rows) as bigint) as lost_rows,
   cast(sum(breaches) as bigint) as breaches
 from steps

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from moe_lens.lacking import no_rows
+from moe_lens.queries.about import reachable_bits
 from moe_lens.trace.schema import BUCKET
 
 if TYPE_CHECKING:
@@ -48,7 +51,7 @@ class RunInfo:
     """Rows of `tokens`: those kept one by one."""
     sampling: str
     weights: str
-    """Codec of the kept gate weights: bf16 or exact."""
+    """Codec of the kept gate weights: bf16 or exact; none where there are none."""
     lost_rows: int
     breaches: int
     fires_expected: int
@@ -69,6 +72,36 @@ class RunInfo:
     """Segments left out, and why."""
     error: str | None = None
     """The exception that ended the recording."""
+    imported: str = ""
+    """What it was imported from: format and file."""
+    made_steps: str = ""
+    """How steps were made, where the recorder knew of none."""
+    lacks: dict[str, str] = field(default_factory=dict)
+    """What the recorder could not see, and why."""
+
+    @property
+    def knows_drops(self) -> bool:
+        """Whether it was seen what became of choices; other recorders keep what routers chose."""
+        return not self.imported
+
+    @property
+    def no_rows(self) -> str:
+        """Why nothing can be said of single tokens; empty: it can."""
+        return "" if self.token_rows else no_rows(self, unowned=self._unowned)
+
+    @property
+    def _unowned(self) -> bool:
+        """Routing of single tokens is there, but not whose tokens they are."""
+        return self.token_rows == 0 and "routing" in self.bytes
+
+    @property
+    def kept(self) -> str:
+        """Rows of single tokens, in words."""
+        if self._unowned:
+            return "choices of single tokens, of unknown sequences"
+        if self.imported and not self.token_rows:
+            return "no rows of single tokens"
+        return f"{self.token_rows:,} kept one by one ({self.sampling})"
 
     @property
     def shape(self) -> str:
@@ -79,6 +112,25 @@ class RunInfo:
             choice = "no fixed k" if top_k is None else f"top-{top_k}"
             parts.append(f"{n} layer{'s' * (n != 1)} × {experts} experts × {choice}")
         return ", ".join(parts) or "no MoE layers known"
+
+    @property
+    def grouped(self) -> str:
+        """The groups that routers choose among first, and what that leaves; empty: no groups."""
+        kinds = Counter(map(_limit, self.layers))
+        parts = (f"{n} layer{'s' * (n != 1)} × {text}" for text, n in kinds.items() if text)
+        return ", ".join(parts)
+
+    @property
+    def shared(self) -> str:
+        """How many experts there really are, where layers run the same weights; empty: they do not.
+
+        Layers of unknown identities count as their own.
+        """
+        if all(x.identities is None for x in self.layers):
+            return ""
+        places = sum(x.experts for x in self.layers)
+        experts = len({name for x in self.layers for name in x.named})
+        return f"{experts:,} experts in {places:,} places of {len(self.layers)} layers"
 
     def every(self, first_step: int | None = None, last_step: int | None = None) -> int:
         """Steps per bucket of a line over time that is readable, and quick to ask for.
@@ -120,29 +172,51 @@ class RunInfo:
         """Labelled facts for people, without those that are empty."""
         span = "" if self.first_step is None else f" ({self.first_step:,} to {self.last_step:,})"
         disk = ", ".join(f"{table} {size(n)}" for table, n in sorted(self.bytes.items()))
+        lacks = enumerate(self.lacks.items())
         facts = [
             ("path", self.path),
+            ("imported", self.imported),
             ("model", self.model),
             ("routers", self.shape),
+            ("groups", self.grouped),
+            ("shared weights", self.shared),
             ("state", self.state),
             ("attempts", f"{self.attempts:,}" if self.attempts > 1 else ""),
             ("ranks", f"{len(self.ranks):,}"),
             ("missing ranks", ", ".join(map(str, self.missing_ranks))),
-            ("steps", f"{self.steps:,}{span}"),
+            ("steps", f"{self.steps:,}{span}{f', {self.made_steps}' if self.made_steps else ''}"),
             ("forwards", f"{self.forwards:,}"),
             ("phases", ", ".join(self.phases)),
-            ("tokens", f"{self.tokens:,} (and {self.padding_tokens:,} of padding)"),
-            ("token rows", f"{self.token_rows:,} (kept: {self.sampling}; {self.weights} weights)"),
-            ("lost rows", f"{self.lost_rows:,}"),
-            ("breaches", f"{self.breaches:,}"),
-            ("fires", f"{self.fires_seen:,} seen of {self.fires_expected:,} expected"),
+            ("tokens", self._tokens()),
+            ("token rows", self._token_rows()),
+            *(() if self.imported else self._capture()),
             ("disk", f"{size(sum(self.bytes.values()))}: {disk}" if disk else "0 bytes"),
             ("pruned rows", ", ".join(f"{t} {n:,}" for t, n in self.pruned.items())),
             ("never entered", ", ".join(self.never_entered)),
             ("warnings", "; ".join(f"{text} ({n:,}×)" for text, n in self.warnings.items())),
             ("damaged", "; ".join(f"{path}: {why}" for path, why in self.damaged.items())),
+            *(("lacks" if i == 0 else "", f"{what}: {why}") for i, (what, why) in lacks),
         ]
         return [(label, text) for label, text in facts if text]
+
+    def _tokens(self) -> str:
+        if self.imported and not self.padding_tokens:
+            return f"{self.tokens:,}"  # whether some were padding is not known
+        return f"{self.tokens:,} (and {self.padding_tokens:,} of padding)"
+
+    def _token_rows(self) -> str:
+        weights = "no weights" if self.weights == "none" else f"{self.weights} weights"
+        if self._unowned:
+            return f"{self.kept} ({weights})"
+        return f"{self.token_rows:,} (kept: {self.sampling}; {weights})"
+
+    def _capture(self) -> tuple[tuple[str, str], ...]:
+        """What a recorder of ours says of itself."""
+        return (
+            ("lost rows", f"{self.lost_rows:,}"),
+            ("breaches", f"{self.breaches:,}"),
+            ("fires", f"{self.fires_seen:,} seen of {self.fires_expected:,} expected"),
+        )
 
 
 @dataclass
@@ -189,8 +263,24 @@ def run_info(name: str, files: RunFiles, totals: Mapping[str, Any]) -> RunInfo:
         pruned=_total(m.pruned for m in metas),
         never_entered=list(dict.fromkeys(p for m in metas for p in m.never_entered)),
         damaged={str(p): why for p, why in files.damaged.items()},
+        imported=files.meta.imported,
+        made_steps=files.meta.steps,
+        lacks={what: why for m in reversed(metas) for what, why in m.lacks.items()},
         **{name: int(totals[name] or 0) for name in _COUNTED},
     )
+
+
+def _limit(layer: LayerInfo) -> str:
+    """The groups of one layer in words; empty: there are none."""
+    groups, experts, top_groups = layer.groups or 1, layer.experts, layer.top_groups
+    if groups == 1 or layer.contradiction is not None:
+        return ""
+    limit = "" if top_groups in (None, groups) else f", a token's from {top_groups} of them"
+    bits, text = reachable_bits(layer), f"{groups} groups of {experts // groups}{limit}"
+    if bits is None or layer.top_k is None:
+        return text
+    free = math.log2(math.comb(experts, layer.top_k))
+    return f"{text}: 2^{bits:.2f} sets of {layer.top_k} experts within reach, of 2^{free:.2f}"
 
 
 _COUNTED = (

@@ -2,7 +2,8 @@
 -- A token's first choice is the expert of largest gate weight. next_expert is the first choice in
 -- `layer` + 1, which must be of the same stream (else there are no rows). share is of the expert's
 -- tokens (0 to 1; over all next experts they sum to 1). From kept rows; padding, and tokens without a
--- choice in either layer, count nowhere. A layer with more than `most` rows is thinned evenly to about
+-- choice in either layer, count nowhere, and so do tokens without gate weights: which of their choices
+-- is the first is not known. A layer with more than `most` rows is thinned evenly to about
 -- so many, and counts are of these.
 -- $first_step int = null: first step that counts
 -- $last_step int = null: last step that counts
@@ -25,18 +26,7 @@ excluded as (
   -- Left out by a join that finds nothing: most often these are few, and all others are many.
   select t.run, t.rank, t.attempt, t.step, t.forward, t.stream, t.token
   from tokens as t
-  where (
-      t.padding
-      or ($tag is not null and t.tag <> $tag)
-      or (
-        $phase is not null
-        and not exists (
-          select 1 from steps as f
-          where f.run = t.run and f.rank = t.rank and f.step = t.step and f.forward = t.forward
-            and f.phase = $phase
-        )
-      )
-    )
+  where (t.padding or ($tag is not null and t.tag <> $tag))
     and ($first_step is null or t.step >= $first_step)
     and ($last_step is null or t.step <= $last_step)
     and ($rank is null or t.rank = $rank)
@@ -57,6 +47,20 @@ firsts as (
     and ($first_step is null or r.step >= $first_step)
     and ($last_step is null or r.step <= $last_step)
     and ($rank is null or r.rank = $rank)
+    -- Not by way of their tokens: these are not in every trace.
+    and (
+      $phase is null
+      or exists (
+        select 1 from steps as f
+        where f.run = r.run and f.rank = r.rank and f.step = r.step and f.forward = r.forward
+          and f.phase = $phase
+      )
+    )
+    and (
+      $tag is null
+      or r.run in (select run from tokens where tag = $tag)
+      or r.run in (select run from slices where tag = $tag)
+    )
 ),
 nexts as (
   select
@@ -85,6 +89,7 @@ moves as materialized (
 counted as (
   select run, expert, next_expert, count(*) as tokens
   from moves
+  where expert is not null and next_expert is not null
   group by run, expert, next_expert
 ),
 ranked as (

@@ -22,19 +22,23 @@ SUBJECTS = {
     ),
     "Load and balance": (
         "load_map", "expert_load", "layer_balance", "load_over_time", "loads_over_time",
-        "dead_experts", "hottest_experts", "forward_loads", "tag_load",
+        "dead_experts", "hottest_experts", "forward_loads", "tag_load", "group_load",
+        "identity_load",
     ),
     "Capacity and drops": (
         "dropped_tokens", "recorded_capacity", "capacity_sweep", "unserved_by_position",
     ),
-    "The router": ("router_confidence", "router_over_time", "near_ties"),
+    "The router": (
+        "router_confidence", "router_over_time", "near_ties", "group_entropy", "expert_sets",
+    ),
     "One expert": (
         "expert_over_time", "expert_tags", "expert_serves", "expert_companions",
     ),
     "Paths": ("co_activation", "repetition", "layer_transitions", "sequence_choices"),
-    "Memory": ("token_experts",),
+    "Memory": ("token_experts", "sequence_starts"),
     "Quality": ("loss_by_tag", "quality_by_tag", "quality_of_dropped"),
     "Cost on real kernels": ("replay_layers", "replay_ranks"),
+    "What if": ("expert_importance", "route_regret", "route_changes"),
     "Requests": ("requests", "request_load", "request_tokens"),
     "Two runs of the same tokens": ("diff_tokens", "diff_layers", "diff_flips", "diff_choices"),
 }  # fmt: skip

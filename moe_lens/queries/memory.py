@@ -61,7 +61,7 @@ def memory(
             layers whose experts choose tokens; or the trace has several runs.
     """
     run = one_run(trace)
-    chosen = _layers(run, layers)
+    chosen = chosen_layers(run, layers)
     found = False
     for each in [phase] if phase is not None else run.phases:
         before: tuple[LayerInfo, Tokens] | None = None
@@ -76,7 +76,8 @@ def memory(
             before = info, tokens
     if not found:
         there = "" if phase is None else f" of phase {phase!r} (phases: {', '.join(run.phases)})"
-        raise QueryError(f"Fewer than two {unit}s{there} have per-token rows. {HOW}")
+        advice = "" if run.imported else f" {HOW}"
+        raise QueryError(f"Fewer than two {unit}s{there} have per-token rows.{advice}")
 
 
 def previous_layer(run: RunInfo, info: LayerInfo) -> LayerInfo | None:
@@ -96,7 +97,14 @@ def is_chosen_by_token(info: LayerInfo) -> bool:
     return info.router != "expert-choice"
 
 
-def _layers(run: RunInfo, layers: Collection[int] | None) -> list[LayerInfo]:
+def chosen_layers(run: RunInfo, layers: Collection[int] | None) -> list[LayerInfo]:
+    """The layers asked for whose tokens choose, of a run with per-token rows.
+
+    Raises:
+        QueryError: There are no such rows, no such layer, or none whose tokens choose.
+    """
+    if run.imported and run.no_rows:
+        raise QueryError(f"This trace has {run.no_rows}.")
     if run.token_rows == 0:
         raise QueryError(f"This trace has no per-token rows, only counts. {HOW}")
     known = {x.layer for x in run.layers}

@@ -29,8 +29,8 @@ def paths(
         layers: Only through these; None: all. Layers whose experts choose tokens are left out.
 
     Returns:
-        By stream (main, encoder, decoder); without those of fewer than two layers, and of fewer
-        than two tokens with rows in all of them.
+        By stream (main, encoder, decoder); without those of fewer than two layers, of fewer than
+        two tokens with rows in all of them, and without gate weights, which tell first choices.
 
     Raises:
         QueryError: The trace has several runs.
@@ -44,13 +44,16 @@ def paths(
     for stream, infos in streams.items():
         if len(infos) > 1:
             firsts = _firsts(trace, phase, infos)
-            if len(firsts) > 1:
+            if firsts is not None and len(firsts) > 1:
                 found[stream] = of_ids(firsts.to_numpy().T)
     return found
 
 
-def _firsts(trace: Trace, phase: str | None, infos: list[LayerInfo]) -> pd.DataFrame:
-    """A row a token that has rows in all these layers, a column a layer: its first choice."""
+def _firsts(trace: Trace, phase: str | None, infos: list[LayerInfo]) -> pd.DataFrame | None:
+    """A row a token that has rows in all these layers, a column a layer: its first choice.
+
+    None where nothing tells which that is.
+    """
     most = min(max(TOKENS // len(infos), FEWEST), MOST)
     columns = []
     for begin in range(0, len(infos), BLOCK):
@@ -61,6 +64,8 @@ def _firsts(trace: Trace, phase: str | None, infos: list[LayerInfo]) -> pd.DataF
         ).df()  # fmt: skip
         for info in block:
             of_layer = rows[rows["layer"] == info.layer]
+            if not along.ranked(of_layer):
+                return None
             ids_NK, _ = along.choices(of_layer, info.experts)
             first = ids_NK[:, 0] if ids_NK.shape[1] else -1
             columns.append(pd.Series(first, of_layer["nth"], "int64", str(info.layer)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from moe_lens.trace import layout
@@ -25,11 +26,19 @@ def find_runs(place: str | Path) -> list[Path]:
     """
     root = Path(place)
     if root.is_dir() and not layout.ranks(root):
-        found = _below(root, _DEPTH)
+        found = [each for each in folders_below(root) if layout.ranks(each)]
         if found:
             return sorted(found, key=_started, reverse=True)
     check_place(root)
     return [root]
+
+
+def folders_below(folder: str | Path, depth: int = _DEPTH) -> Iterator[Path]:
+    """The folders in a folder, and in those, but for what lies in a run; in order of names."""
+    for each in _folders(Path(folder)):
+        yield each
+        if depth > 1 and not layout.ranks(each):
+            yield from folders_below(each, depth - 1)
 
 
 def version(run: str | Path) -> str:
@@ -40,21 +49,11 @@ def version(run: str | Path) -> str:
     return digest.hexdigest()
 
 
-def _below(folder: Path, depth: int) -> list[Path]:
-    found: list[Path] = []
-    for each in _folders(folder):
-        if layout.ranks(each):
-            found.append(each)
-        elif depth > 1:
-            found += _below(each, depth - 1)
-    return found
-
-
 def _folders(folder: Path) -> list[Path]:
     try:
         with os.scandir(folder) as entries:
             return sorted(Path(e.path) for e in entries if e.is_dir() and e.name[0] != ".")
-    except (PermissionError, FileNotFoundError):
+    except (PermissionError, FileNotFoundError, NotADirectoryError):
         return []  # not ours to read, or just removed
 
 

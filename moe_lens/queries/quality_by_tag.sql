@@ -2,7 +2,8 @@
 -- loss is the mean over loss_tokens, in the unit given to rec.loss. dropped_rate is over routed
 -- choices; unserved_rate (no expert ran) and entropy_norm over tokens in every layer. entropy_norm is
 -- the router's entropy over ln E (0: certain; 1: undecided), zero-compute experts among E. Layers
--- narrow these three, not loss and tokens. Null where nothing was recorded.
+-- narrow these three, not loss and tokens. Null where nothing was recorded. Of an imported run it is not
+-- known what was dropped: 0 says nothing there.
 -- $first_step int = null: first step that counts
 -- $last_step int = null: last step that counts
 -- $phase text = null: only this phase

@@ -1,13 +1,15 @@
 -- The newest minutes of a run: which steps they are, how fast they went, what capture lost.
 -- The minutes count back from the newest forward's start. tokens_per_second is over the wall time from
--- the first of these forwards to the end of the last, of all ranks together.
+-- the first of these forwards to the end of the last, of all ranks together. A run without times (most
+-- that were imported) has no row.
 -- $phase text = null: only this phase
 -- $rank int = null: only this rank
 -- $minutes float = 5 (0 or more): minutes up to the newest forward
 with chosen as (
   select run, step, tokens, lost_rows, breaches, t_start_ns, t_start_ns + host_ns as t_end_ns
   from steps
-  where ($phase is null or phase = $phase)
+  where t_start_ns is not null
+    and ($phase is null or phase = $phase)
     and ($rank is null or rank = $rank)
 ),
 newest as (

@@ -88,7 +88,7 @@ def replay_rows(runs: Mapping[str, RunFiles], table: Table = REPLAY) -> pa.Table
 
 def _path(run: str | Path, name: str, table: Table = REPLAY) -> Path:
     if name not in results(run, table):
-        raise TraceError(f"{run} has no replay result {name!r}.")
+        raise TraceError(f"{run} has no {table.name} result {name!r}.")
     return Path(run) / table.name / f"{name}.parquet"
 
 

@@ -4,6 +4,7 @@
 -- was dropped, or none made, over all pairs (both 0 to 1). loss: mean of its positions' losses, or of
 -- the losses given for it as a whole where there are none by position. Padding and rejected drafts
 -- are left out. order: the largest dropped_rate, loss or number of tokens first; ties by rank, sequence.
+-- Of an imported run it is not known what was dropped: 0 says nothing there.
 -- $first_step int = null: first step that counts
 -- $last_step int = null: last step that counts
 -- $phase text = null: only this phase

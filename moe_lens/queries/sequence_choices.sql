@@ -11,6 +11,7 @@
 -- $phase text = null: only this phase
 -- $tag text = null: only this tag
 -- $rank int = null: only this rank
+-- $sequences text = null: only these, as rank:sequence,rank:sequence
 -- $first_layer int = null: first layer that counts
 -- $last_layer int = null: last layer that counts
 -- $most int = 4096: tokens of each stream to look at; null: all
@@ -40,6 +41,10 @@ valid as (
     and ($last_step is null or t.step <= $last_step)
     and ($tag is null or t.tag = $tag)
     and ($rank is null or t.rank = $rank)
+    and (
+      $sequences is null
+      or array_contains(split($sequences, ','), concat(t.rank, ':', t.sequence))
+    )
     and (
       $phase is null
       or exists (

@@ -32,9 +32,10 @@ class Trace:
 
     The views are the tables of the trace (`load`, `layers`, `routers`, `slices`, `steps`,
     `sequences`, `tokens`, `routing`, `outcomes`, `logits`), each with the columns `run` and `rank`
-    in front, over all ranks, sealed or not; plus `moe_layers` and `runs` from the meta files, and
-    `replay`, what `moe-lens replay` measured. Rows that a later attempt overtook are left out, and
-    so are the counts of ranks that are copies.
+    in front, over all ranks, sealed or not; plus `moe_layers`, `moe_experts` and `runs` from the
+    meta files, and what was measured: `replay` and `replay_ep` by `moe-lens replay`,
+    `counterfactual` by `moe-lens counterfactual`. Rows that a later attempt overtook are left out,
+    and so are the counts of ranks that are copies.
 
     May be used from several threads; queries then wait for each other.
     """

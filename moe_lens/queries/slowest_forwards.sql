@@ -1,7 +1,8 @@
 -- The forwards that took longest beside others of their phase.
 -- A forward's time is device_ms where it was measured, else host_ms. times_median is over the median of
 -- the phase's forwards that were timed the same way (1: a usual one), which the list is sorted by.
--- us_per_token is over valid tokens, in microseconds.
+-- us_per_token is over valid tokens, in microseconds. Forwards without a time (most imported runs have
+-- none) are left out.
 -- $first_step int = null: first step that counts
 -- $last_step int = null: last step that counts
 -- $phase text = null: only this phase
@@ -13,7 +14,8 @@ with timed as (
     case when device_ns is null then 'host' else 'device' end as clock,
     cast(coalesce(device_ns, host_ns) as double) as ns
   from steps
-  where ($first_step is null or step >= $first_step)
+  where coalesce(device_ns, host_ns) is not null
+    and ($first_step is null or step >= $first_step)
     and ($last_step is null or step <= $last_step)
     and ($phase is null or phase = $phase)
     and ($rank is null or rank = $rank)

@@ -2,7 +2,8 @@
 -- position is the first of `width` positions. A choice is dropped when no expert computed it, a token
 -- unserved in a layer when all its choices were dropped, or it made none. unserved_rate is of tokens,
 -- dropped_rate of choices (0 to 1). A capacity that is filled in order of position drops the late
--- ones. From kept rows; padding counts nowhere.
+-- ones. From kept rows; padding counts nowhere. Of an imported run it is not known what was dropped: 0
+-- says nothing there.
 -- $first_step int = null: first step that counts
 -- $last_step int = null: last step that counts
 -- $phase text = null: only this phase

@@ -1,9 +1,10 @@
-"""The views of a session: one per table of the trace, `moe_layers`, `runs`, and results of replays.
+"""The views of a session: one per table of the trace, `moe_layers`, `runs`, and what was measured.
 
-Data comes from `trace.reader` (files and open streams of one or several runs) and goes into an
-in-memory DuckDB. This is the one place where SQL is put together in Python, since DDL takes no
-parameters. What varies in it is paths and names of runs, always through `literal` or
-`path_literal`, and names of tables, which are ours.
+Data comes from `trace.reader` (files and open streams of one or several runs), and from the results
+of replays and counterfactuals beside them, and goes into an in-memory DuckDB. This is the one place
+where SQL is put together in Python, since DDL takes no parameters. What varies in it is paths and
+names of runs and results, always through `literal` or `path_literal`, and names of tables, which
+are ours.
 """
 
 from __future__ import annotations
@@ -17,11 +18,20 @@ import numpy as np
 import pyarrow as pa
 
 from moe_lens.errors import TraceError
-from moe_lens.queries.about import layers_table, runs_table
+from moe_lens.queries.about import experts_table, layers_table, runs_table
+from moe_lens.queries.counterfactual import result_files
 from moe_lens.queries.replayed import replay_rows
 from moe_lens.trace.reader import RunFiles, superseded_from
 from moe_lens.trace.rollup import straddles
-from moe_lens.trace.schema import BUCKET, LOAD_COARSE, REPLAY, REPLAY_EP, Table, with_keys
+from moe_lens.trace.schema import (
+    BUCKET,
+    COUNTERFACTUAL,
+    LOAD_COARSE,
+    REPLAY,
+    REPLAY_EP,
+    Table,
+    with_keys,
+)
 
 _RANK = r"'rank=(\d+)/seg-\d+\.parquet$'"
 
@@ -77,13 +87,18 @@ def create_views(con: duckdb.DuckDBPyConnection, runs: Mapping[str, RunFiles]) -
     con.execute(_MACROS)
     for name, rows in (
         ("moe_layers", layers_table(runs)),
+        ("moe_experts", experts_table(runs)),
         ("runs", runs_table(runs)),
         (REPLAY.name, replay_rows(runs)),
         (REPLAY_EP.name, replay_rows(runs, REPLAY_EP)),
     ):
         _register(con, f"_{name}", rows)
         con.execute(f"create or replace view {name} as select * from _{name}")  # noqa: S608
-    return [*tables, LOAD_COARSE.name, "moe_layers", "runs", REPLAY.name, REPLAY_EP.name]
+    shape = pa.schema([("run", pa.string()), ("result", pa.string()), *COUNTERFACTUAL.schema])
+    _register(con, f"_{COUNTERFACTUAL.name}", shape.empty_table())
+    con.execute(_counterfactual_view(runs))
+    results = [REPLAY.name, REPLAY_EP.name, COUNTERFACTUAL.name]
+    return [*tables, LOAD_COARSE.name, "moe_layers", "moe_experts", "runs", *results]
 
 
 def literal(text: str) -> str:
@@ -129,6 +144,21 @@ def _coarse_view(runs: Mapping[str, RunFiles], *, overtaken: bool) -> str:
         f"create or replace view {LOAD_COARSE.name} as\n"
         f"select * from ({body}) as t ({names}){where}"
     )
+
+
+def _counterfactual_view(runs: Mapping[str, RunFiles]) -> str:
+    """Every result, read where it lies: a row a token and change can be millions."""
+    name = COUNTERFACTUAL.name
+    columns = ", ".join(COUNTERFACTUAL.schema.names)
+    parts = [f"select * from _{name}"]  # noqa: S608
+    for run, result, path in result_files(runs):
+        file = path_literal(str(path.absolute()))
+        parts.append(
+            f"select {literal(run)}, {literal(result)}, {columns} "  # noqa: S608
+            f"from read_parquet({file}, hive_partitioning = false)"
+        )
+    body = "\nunion all\n".join(parts)
+    return f"create or replace view {name} as\n{body}"
 
 
 def _files(run: str, paths: list[Path]) -> str:

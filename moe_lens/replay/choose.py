@@ -69,12 +69,13 @@ def choose(index: Index, most: int | None, *, partial: bool = False) -> Chosen:
         fullest = max(every, key=lambda f: f.tokens)
         has, tokens = fullest.tokens, _all_tokens(index, fullest)
         of_all = "" if tokens is None else f" of {tokens:,}"
+        parts = "Replay the parts as smaller batches with --partial."
+        how = "Record with tokens=1.0 (moe-lens record --tokens 1)"
         raise ReplayError(
             f"{index.files.path}: none of the {len(every):,} forwards with per-token rows has them "
             f"for all its tokens (sampling: {index.files.meta.sampling}; the fullest has {has:,}"
-            f"{of_all}), and a part of a batch does not load experts as the batch did. Record with "
-            "tokens=1.0 (moe-lens record --tokens 1), or replay the parts as smaller batches with "
-            "--partial."
+            f"{of_all}), and a part of a batch does not load experts as the batch did. "
+            + (parts if index.files.meta.imported else f"{how}, or {parts[0].lower()}{parts[1:]}")
         )
     by_phase: dict[str, list[Forward]] = defaultdict(list)
     for each in usable:

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from moe_lens.errors import ReplayError
+from moe_lens.lacking import no_rows
 from moe_lens.replay import tables
 from moe_lens.trace.meta import LayerInfo
 from moe_lens.trace.reader import RunFiles
@@ -127,6 +128,8 @@ def _nothing(files: RunFiles, phase: str | None, steps: range | None) -> str:
             )
     where = "" if phase is None else f" of phase {phase!r}"
     where += "" if steps is None else f" of steps {steps.start} to {steps.stop - 1}"
+    if files.meta.imported:
+        return f"{files.path} holds {no_rows(files.meta, unowned=False)}."
     return (
         f"{files.path} holds no per-token rows{where} (sampling: {files.meta.sampling}), and "
         "counts do not say which token went where. Record what is to be replayed with "

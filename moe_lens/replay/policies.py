@@ -91,6 +91,11 @@ def apply(policy: Policy, routed: Routed, info: LayerInfo) -> Work:
         RuntimeInputError: A token has an expert twice.
     """
     if policy.top_k is not None and policy.top_k < routed.expert_ids_TK.shape[1]:
+        if routed.unweighted:
+            raise ReplayError(
+                f"{_where(routed)}: {routed.unweighted:,} tokens have no recorded gate weights, so "
+                "which of their choices are the largest is not known. Leave out --top-k."
+            )
         routed = _fewer(routed, policy.top_k, info)
     wanted = int((routed.expert_ids_TK >= 0).sum())
     if policy.capped:
@@ -147,8 +152,8 @@ def _runners_up(policy: Policy, routed: Routed) -> tuple[Ids, Floats]:
     if ids_TM is None or weights_TM is None:
         raise ReplayError(
             f"{_where(routed)}: no runners-up were recorded (next_ids), so there is nowhere to "
-            "reroute to. Record a router that ranks its experts with tokens=1.0, and where rec.log "
-            "is used give it the logits; or take --policy drop."
+            "reroute to. Take --policy drop; or a trace recorded with tokens=1.0, of a router that "
+            "ranks its experts (where rec.log is used, give it the logits)."
         )
     unknown = int(np.isnan(weights_TM[ids_TM >= 0]).sum())
     if policy.by == "prob" and unknown:

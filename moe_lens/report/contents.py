@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import plotly.graph_objects as go
 
 from moe_lens.figures.all_to_all import all_to_all
+from moe_lens.figures.blank import because
 from moe_lens.figures.capacity_curve import capacity_curve
 from moe_lens.figures.drops_by_layer import drops_by_layer
 from moe_lens.figures.drops_by_tag import drops_by_tag
@@ -27,6 +28,7 @@ from moe_lens.figures.replay_layers import replay_layers
 from moe_lens.figures.router_over_time import router_over_time
 from moe_lens.figures.unserved_by_position import unserved_by_position
 from moe_lens.queries.catalog import question
+from moe_lens.queries.imported import no_drops
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,6 +48,8 @@ class Shown:
     over_time: bool = False
     needs_rows: bool = False
     """Left out where the answer is empty, instead of saying so."""
+    of_drops: bool = False
+    """Left out where it is not known what was dropped; the facts say so."""
 
 
 @dataclass
@@ -66,11 +70,11 @@ SECTIONS: dict[str, tuple[Shown, ...]] = {
         Shown("hottest", "hottest_experts", hottest),
     ),
     "Capacity": (
-        Shown("drops_by_layer", "dropped_tokens", drops_by_layer),
-        Shown("drops_by_tag", "dropped_tokens", drops_by_tag),
-        Shown("drops_over_time", "load_over_time", drops_over_time, over_time=True),
+        Shown("drops_by_layer", "dropped_tokens", drops_by_layer, of_drops=True),
+        Shown("drops_by_tag", "dropped_tokens", drops_by_tag, of_drops=True),
+        Shown("drops_over_time", "load_over_time", drops_over_time, over_time=True, of_drops=True),
         Shown("capacity_curve", "capacity_sweep", capacity_curve),
-        Shown("unserved_by_position", "unserved_by_position", unserved_by_position),
+        Shown("unserved_by_position", "unserved_by_position", unserved_by_position, of_drops=True),
     ),
     "Router": (
         Shown("router_over_time", "router_over_time", router_over_time, over_time=True),
@@ -81,7 +85,7 @@ SECTIONS: dict[str, tuple[Shown, ...]] = {
     "Quality": (
         Shown("loss_by_tag", "loss_by_tag", loss_by_tag),
         Shown("quality_by_tag", "quality_by_tag", quality_by_tag),
-        Shown("quality_of_dropped", "quality_of_dropped", quality_of_dropped),
+        Shown("quality_of_dropped", "quality_of_dropped", quality_of_dropped, of_drops=True),
     ),
     "Speed": (
         Shown("forwards_over_time", "forwards_over_time", forwards_over_time, over_time=True),
@@ -104,6 +108,8 @@ def draw(trace: Trace, info: RunInfo, phase: str | None) -> dict[str, list[Drawn
     out: dict[str, list[Drawn]] = {}
     for section, figures in SECTIONS.items():
         for shown in figures:
+            if shown.of_drops and not info.knows_drops:
+                continue
             steps = every if shown.over_time else 1
             key = shown.question, steps
             parameters = {"every": steps} if steps > 1 else {}
@@ -114,7 +120,7 @@ def draw(trace: Trace, info: RunInfo, phase: str | None) -> dict[str, list[Drawn
             table = asked[key][asked[key]["run"] == info.run]
             if shown.needs_rows and table.empty:
                 continue
-            figure = shown.draw(table)
+            figure = because(shown.draw(no_drops(table, info)), info)
             sql = question(shown.question).sql
             out.setdefault(section, []).append(Drawn(shown, figure, sql, parameters))
     return out

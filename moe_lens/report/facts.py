@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moe_lens.lacking import not_there
 from moe_lens.numbers import count, digits, percent, times
 from moe_lens.queries.info import size
 from moe_lens.report.answers import Answers, total
@@ -13,14 +14,21 @@ def facts(answers: Answers) -> dict[str, str]:
     steps = f"{count(info.steps)} steps, {count(info.forwards)} forwards"
     if info.first_step is not None:
         steps += f" (steps {count(info.first_step)} to {count(info.last_step)})"
+    if info.made_steps:
+        steps += f"; {info.made_steps}"
+    padding = total(answers.health, "padding_tokens")
     found = {
+        "imported": info.imported,
         "model": info.model or "unnamed",
         "routers": info.shape,
+        "groups": info.grouped,
+        "shared weights": info.shared,
         "recorded": steps,
         "phases": ", ".join(_phases(answers)),
-        "tokens": f"{count(total(answers.health, 'tokens'))} valid, "
-        f"{count(total(answers.health, 'padding_tokens'))} padding; "
-        f"{count(info.token_rows)} kept one by one ({info.sampling})",
+        "tokens": f"{count(total(answers.health, 'tokens'))} valid"
+        + (f", {count(padding)} padding" if padding or not info.imported else "")
+        + f"; {info.kept}",
+        "lacks": "; ".join(f"{what}: {why}" for what, why in info.lacks.items()),
         "disk": size(sum(info.bytes.values())),
         "state": info.state,
         "load": _load(answers),
@@ -39,11 +47,12 @@ def checks(answers: Answers) -> list[tuple[bool, str]]:
     held = f"invariants hold in all of {forwards} forwards"
     broke = f"{count(breaches)} breaches of an invariant in {forwards} forwards"
     blocks = f"routing seen in {count(seen)} of {count(expected)} MoE blocks entered"
-    lines = [
-        (breaches == 0, broke if breaches else held),
-        (expected == seen, blocks),
-        (lost == 0, f"{count(lost)} per-token rows lost"),
-    ]
+    lines = [(breaches == 0, broke if breaches else held)]
+    if info.imported:
+        lines.append((True, f"imported whole from {info.imported}; nobody watched its recorder"))
+    else:
+        lines.append((expected == seen, blocks))
+        lines.append((lost == 0, f"{count(lost)} per-token rows lost"))
     lines += [(False, f"{path} was hooked and never ran") for path in info.never_entered]
     if info.missing_ranks:
         ranks = ", ".join(map(str, info.missing_ranks))
@@ -81,6 +90,8 @@ def _load(answers: Answers) -> str:
 
 
 def _drops(answers: Answers) -> str:
+    if not answers.info.knows_drops:
+        return f"not known: {not_there(answers.info, 'drops')}"
     parts = []
     for phase, rows in answers.drops.items():
         routed = total(rows, "routed")

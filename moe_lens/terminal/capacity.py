@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from moe_lens.lacking import not_there
 from moe_lens.numbers import count, percent
 from moe_lens.report.answers import Answers, Rows, total
 from moe_lens.terminal.grid import add_numbers, add_row, notes, table
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 def capacity(answers: Answers) -> list[RenderableType]:
     """A table of the phases in which something overflowed; the others in words."""
+    if not answers.info.knows_drops:
+        return [Text(f"What was dropped is not known: {not_there(answers.info, 'drops')}.")]
     lossy = {p: rows for p, rows in answers.drops.items() if _lost(rows)}
     parts: list[RenderableType] = []
     if lossy:

@@ -99,6 +99,11 @@ def _layers(found: Difference, width: int) -> RenderableType:
             "A run keeps weights rounded to bf16: differences up to 2^-8 of a weight may be of "
             'that. record(..., weights="exact") keeps them whole.'
         )
+    if found.no_weights:
+        texts.append(
+            "No gate weights to compare, and none that would tell a token's first choice, in "
+            f"{'; '.join(found.no_weights)}."
+        )
     return Group(made, notes(*texts))
 
 
@@ -148,9 +153,10 @@ def _flips(found: Difference) -> RenderableType:
 
 
 def _alone(ids: Any, weights: Any, others: Any, most: int = 3) -> str:
-    """Experts that are not among the others, with the weight of each."""
-    pairs = [(e, w) for e, w in zip(ids, weights, strict=True) if e not in list(others)]
-    shown = ", ".join(f"{e} ({w:.3f})" for e, w in pairs[:most])
+    """Experts that are not among the others, with the weight of each where that is known."""
+    known = [None] * len(ids) if weights is None else weights
+    pairs = [(e, w) for e, w in zip(ids, known, strict=True) if e not in list(others)]
+    shown = ", ".join(f"{e}" if w is None else f"{e} ({w:.3f})" for e, w in pairs[:most])
     return f"{shown}, …" if len(pairs) > most else shown
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from moe_lens.lacking import not_there
 from moe_lens.numbers import NONE, count, decimal
 from moe_lens.terminal.grid import NARROW, add_numbers, add_row, notes, table
 
@@ -51,7 +52,10 @@ def _explained(answers: Answers) -> list[str]:
         "show. dormant: below 10 % of the fair share, dead ones among them."
     ]
     if all(row.get("entropy") is None for row in answers.confidence):
-        texts.append("No router entropy was recorded: these routers have no distribution to show.")
+        why = not_there(
+            answers.info, "entropy", otherwise="these routers have no distribution to show"
+        )
+        texts.append(f"No router entropy was recorded: {why}.")
     few = [row for row in answers.balance if row["dead_experts"] is None and row["tokens"]]
     if few:
         needed = max(row["tokens_needed"] or 0 for row in few)

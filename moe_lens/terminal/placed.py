@@ -8,6 +8,7 @@ from rich.console import Console, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
+from moe_lens.lacking import made_up
 from moe_lens.numbers import NONE, count, decimal, percent
 from moe_lens.replay.placement.said import moving_s
 from moe_lens.replay.placement.study import Candidate, Study
@@ -187,6 +188,8 @@ def _cost_notes(study: Study, bytes_per_s: float) -> list[str]:
         "To fetch: what the busiest rank does not hold now, in all layers together, at "
         f"{bytes_per_s / 1e9:g} GB/s."
     )
+    if study.made_steps:
+        texts.append(made_up(study.made_steps))
     return texts
 
 

@@ -11,6 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from moe_lens.lacking import made_up
 from moe_lens.numbers import NONE, count, decimal, percent, times
 from moe_lens.replay.summary import P90_FROM, P99_FROM
 from moe_lens.terminal.grid import add_numbers, add_row, notes, table
@@ -104,7 +105,11 @@ def policy_words(about: Row) -> str:
     policy = about["policy"]
     text = str(policy["name"])
     if policy["name"] == "recorded":
-        text += ": what was dropped when it was recorded stays dropped"
+        text += (
+            ": every choice; what was dropped is not known"
+            if about.get("imported")
+            else ": what was dropped when it was recorded stays dropped"
+        )
     if policy["capacity_factor"] is not None:
         text += f", capacity factor {policy['capacity_factor']:g}, by {policy['by']}"
     if policy["top_k"] is not None:
@@ -252,6 +257,8 @@ def _explained(about: Row, layers: list[Row]) -> list[str]:
             "Attributed by what one expert alone takes; summed over the experts of a layer that "
             f"was measured beside it, this is {ratios} of the layer's time."
         )
+    if about.get("made_steps"):
+        texts.append(made_up(about["made_steps"]))
     return texts
 
 

@@ -9,6 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from moe_lens.lacking import made_up
 from moe_lens.numbers import count, decimal, percent
 from moe_lens.terminal.grid import add_numbers, add_row, notes, table
 from moe_lens.terminal.plain import print_plain
@@ -147,4 +148,6 @@ def _explained(about: Row) -> list[str]:
         texts.append(f"all-to-all: {about['all_to_all']['source']}.")
     elif about["device"] == "cpu":
         texts.append("Rows and bytes are the result; times are those of this machine's processes.")
+    if about.get("made_steps"):
+        texts.append(made_up(about["made_steps"]))
     return texts

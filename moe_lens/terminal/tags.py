@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from moe_lens.lacking import not_there
 from moe_lens.numbers import NONE, count, decimal, percent, times
 from moe_lens.queries.info import phase_order
 from moe_lens.report.answers import Answers, total
@@ -43,10 +44,11 @@ def routing(answers: Answers, width: int) -> list[RenderableType]:
     """How sure the routers are of each tag's tokens, and what share of them found no room."""
     made = table("tag")
     room = width >= _ROOM
+    drops_seen = answers.info.knows_drops
     add_numbers(
         made, "router\nentropy", *(["lowest\nin layer", "highest\nin layer"] if room else [])
     )
-    add_numbers(made, "dropped", "unserved\ntokens")
+    add_numbers(made, *(["dropped", "unserved\ntokens"] if drops_seen else []))
     for tag in answers.tags:
         sure = [r for r in answers.confidence_by_tag if r["tag"] == tag]
         sure = [r for r in sure if r["entropy_norm"] is not None]
@@ -57,21 +59,26 @@ def routing(answers: Answers, width: int) -> list[RenderableType]:
             decimal(_over(sum(r["entropy_norm"] for r in sure), len(sure))),
             *([_layer(min(sure, key=_entropy, default=None))] if room else []),
             *([_layer(max(sure, key=_entropy, default=None))] if room else []),
-            percent(_over(total(drops, "dropped"), total(drops, "routed"))),
-            percent(_over(total(drops, "unserved_tokens"), total(drops, "tokens"))),
+            *([percent(_over(total(drops, "dropped"), total(drops, "routed")))] * drops_seen),
+            *(
+                [percent(_over(total(drops, "unserved_tokens"), total(drops, "tokens")))]
+                * drops_seen
+            ),
         )
-    note = (
-        "router entropy: of its distribution per token, over ln E, mean over layers. dropped: "
-        "share of the tag's choices that no expert computed; unserved: of its tokens, in the mean "
-        "layer."
-    )
+    note = "router entropy: of its distribution per token, over ln E, mean over layers."
+    if drops_seen:
+        note += (
+            " dropped: share of the tag's choices that no expert computed; unserved: of its "
+            "tokens, in the mean layer."
+        )
     return [made, notes(note)]
 
 
 def losses(answers: Answers) -> list[RenderableType]:
     """Mean loss of each tag in each phase, in nats and in bits."""
     if not any(row["loss"] is not None for row in answers.losses):
-        return [Text("No loss was recorded: hand them over with rec.loss(...).")]
+        how = not_there(answers.info, "losses", otherwise="hand them over with rec.loss(...)")
+        return [Text(f"No loss was recorded: {how}.")]
     phases = sorted({row["phase"] for row in answers.losses}, key=phase_order)
     cells = {(row["phase"], row["tag"]): row for row in answers.losses}
     made = table("tag")

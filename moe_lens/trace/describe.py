@@ -5,7 +5,9 @@ docs/trace-tables.md is this text; a test compares them.
 
 from __future__ import annotations
 
+from moe_lens.trace.precision import PRECISION
 from moe_lens.trace.schema import (
+    COUNTERFACTUAL,
     LOAD_COARSE,
     REPLAY,
     REPLAY_EP,
@@ -22,11 +24,12 @@ def markdown() -> str:
         "Generated from `moe_lens/trace/schema.py`; see [ARCHITECTURE](../ARCHITECTURE.md) for how "
         "the files lie on disk. The views of `moe_lens.open` put `run` and `rank` in front.\n"
     )
-    return head + "".join(_table(t) for t in (*TABLES.values(), LOAD_COARSE, REPLAY, REPLAY_EP))
+    more = (LOAD_COARSE, REPLAY, REPLAY_EP, COUNTERFACTUAL, PRECISION)
+    return head + "".join(_table(t) for t in (*TABLES.values(), *more))
 
 
 def _table(table: Table) -> str:
-    where = "file" if table in (REPLAY, REPLAY_EP) else "segment"
+    where = "file" if table in (REPLAY, REPLAY_EP, COUNTERFACTUAL, PRECISION) else "segment"
     order = f"sorted by {', '.join(table.sort)}" if table.sort else "in order of arrival"
     lines = [
         f"\n## {table.name}\n",

@@ -26,7 +26,8 @@ class LayerRows:
 
     token_N: Ids
     expert_ids_NK: Ids
-    weights_NK: Floats
+    weights_NK: Floats | None
+    """Gate weights; None: whoever recorded this had none."""
     chosen_NK: Bools | None = None
     """False: this slot holds no choice (dynamic k). None: all are choices."""
     router_ids_NK: Ids | None = None
@@ -35,6 +36,8 @@ class LayerRows:
     next_weights_NM: Floats | None = None
     entropy_N: Floats | None = None
     """NaN where a token has none."""
+    group_entropy_N: Floats | None = None
+    """Of the sums over groups of experts; NaN where a token has none. None: no groups."""
     margin_N: Floats | None = None
     """NaN where a token has none."""
     dropped_NK: Bools | None = None
@@ -59,7 +62,7 @@ class LayerCounts:
     tokens_G: Ints
     routed_GE: Ints
     processed_GE: Ints
-    weight_sum_GE: Doubles
+    weight_sum_GE: Doubles | None
     padding_GE: Ints | None = None
     overflowed_GE: Ints | None = None
     """None: the layer has no capacity, nothing can overflow."""
@@ -72,6 +75,8 @@ class LayerCounts:
     margin_sum_G: Doubles | None = None
     top1_prob_sum_G: Doubles | None = None
     zloss_sum_G: Doubles | None = None
+    group_entropy_sum_G: Doubles | None = None
+    """Of the sums over groups of experts; None: no groups."""
     received_GE: Ints | None = None
     capacity: int | None = None
     """Choices one expert takes in one capacity group; None: dropless."""
@@ -127,12 +132,13 @@ class Forward:
     step: int
     forward: int
     phase: str
-    t_start_ns: int
+    t_start_ns: int | None
+    """None: not known."""
     tags: list[str]
     tokens_G: Ints
     sequences_G: Ints
     padding_tokens: int = 0
-    host_ns: int = 0
+    host_ns: int | None = 0
     device_ns: int | None = None
     layers: list[LayerCounts] = field(default_factory=list)
     tokens: list[TokenRows] = field(default_factory=list)
@@ -142,14 +148,22 @@ class Forward:
     fires_seen: int = 0
     problems: dict[str, int] = field(default_factory=dict)
     lost_rows: int = 0
+    _row_bytes: int | None = None
 
     @property
     def row_bytes(self) -> int:
-        """Bytes that the per-token rows hold in memory."""
+        """Bytes that the per-token rows hold in memory; looked at when all of them are there."""
+        if self._row_bytes is None:
+            self._row_bytes = self._rows_held()
+        return self._row_bytes
+
+    def _rows_held(self) -> int:
         parts: list[Any] = [x.rows for x in self.layers if x.rows is not None] + list(self.tokens)
-        return sum(
-            v.nbytes for p in parts for s in p.__slots__ if hasattr(v := getattr(p, s), "nbytes")
-        )
+        total = 0
+        for part in parts:  # a plain loop: of small forwards this is a good part of the cost
+            for name in part.__slots__:
+                total += getattr(getattr(part, name), "nbytes", 0)
+        return total
 
     def drop_rows(self) -> None:
         """Give up the per-token rows, all of them, and say how many.
@@ -164,6 +178,7 @@ class Forward:
         for layer in self.layers:
             layer.rows = None
         self.tokens = []
+        self._row_bytes = 0
 
     def resolve(self) -> Forward:
         return self

@@ -28,7 +28,9 @@ def check(forward: Forward) -> list[str]:
 def _layer(x: LayerCounts) -> Iterator[str]:
     for text, n in x.problems.items():
         yield f"{text} ({n})"
-    unweighed = int((~np.isfinite(x.weight_sum_GE)).any(0).sum())
+    unweighed = 0
+    if x.weight_sum_GE is not None:
+        unweighed = int((~np.isfinite(x.weight_sum_GE)).any(0).sum())
     if unweighed:
         yield f"gate weights of {unweighed} experts are NaN or infinite"
     routed, processed = x.routed_GE.sum(0), x.processed_GE.sum(0)

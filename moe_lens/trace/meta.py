@@ -40,7 +40,9 @@ class LayerInfo:
     """The weights of a token sum to one."""
     selection_bias: bool = False
     groups: int | None = None
+    """Equal groups of neighbouring experts, among which a router chooses first; None: no groups."""
     top_groups: int | None = None
+    """How many of them a token's experts may come from; None: of all."""
     shared_experts: int | None = None
     zero_experts: int = 0
     hidden_size: int | None = None
@@ -56,6 +58,30 @@ class LayerInfo:
     """What of an expert the gate weight multiplies: its output, or its input (Llama 4)."""
     output_scale: float | None = None
     """What the block multiplies the experts' weighted sum by (in evaluation), where it is known."""
+    identities: list[int | str] | None = None
+    """Whose weights each of the routed experts runs, by expert id: the same identity in two layers
+    is the same weights. None: every expert is its layer's own, and named `layer/expert`."""
+
+    @property
+    def named(self) -> list[str]:
+        """The identity of each routed expert."""
+        if self.identities is None:
+            return [f"{self.layer}/{e}" for e in range(self.experts)]
+        return [str(x) for x in self.identities]
+
+    @property
+    def contradiction(self) -> str | None:
+        """What cannot be, of what was declared of groups and identities; None: nothing."""
+        E, groups, top_groups = self.experts, self.groups, self.top_groups
+        if groups is not None and (groups < 1 or E % groups):
+            return f"groups must divide its {E} experts into equal parts, got {groups}"
+        if top_groups is not None and groups is None:
+            return f"top_groups {top_groups} is declared without groups"
+        if top_groups is not None and not 1 <= top_groups <= (groups or 1):
+            return f"top_groups must be 1 to its {groups} groups, got {top_groups}"
+        if self.identities is not None and len(self.identities) != E:
+            return f"identities name one expert each: {E} are expected, got {len(self.identities)}"
+        return None
 
 
 @dataclass
@@ -90,7 +116,7 @@ class Meta:
     sampling: str = "none"
     """Which sequences keep per-token rows, in words."""
     weights: str = "bf16"
-    """bf16 (low mantissa bits cleared) or exact."""
+    """bf16 (low mantissa bits cleared), exact, or none (a format that has no weights)."""
     keys: list[str] = field(default_factory=list)
     """The user's own columns of `sequences`."""
     tags: list[str] = field(default_factory=list)
@@ -101,6 +127,12 @@ class Meta:
     pruned: dict[str, int] = field(default_factory=dict)
     """Rows removed from a table to keep within `max_bytes`."""
     versions: dict[str, str] = field(default_factory=dict)
+    imported: str = ""
+    """What it was imported from: the name of a format, and of the file. Empty: recorded here."""
+    steps: str = ""
+    """How steps were made, where the recorder knew of none. Empty: they are as they were run."""
+    lacks: dict[str, str] = field(default_factory=dict)
+    """What the recorder could not see, and why: "weights", "entropy", "times", "sequences", …"""
     schema_version: int = SCHEMA_VERSION
 
 
@@ -134,6 +166,9 @@ def read_meta(path: Path) -> Meta:
         )
     try:
         raw["layers"] = [LayerInfo(**_known(LayerInfo, x)) for x in raw.get("layers", [])]
+        named = (x for x in raw["layers"] if x.identities is not None)
+        if wrong := next((x for x in named if len(x.identities or ()) != x.experts), None):
+            raise TypeError(f"layer {wrong.layer}: {wrong.contradiction}")
         raw["attempts"] = [Attempt(**_known(Attempt, x)) for x in raw.get("attempts", [])]
         return Meta(**_known(Meta, raw))
     except (TypeError, AttributeError) as e:

@@ -47,7 +47,14 @@ def routing_tables(forward: Forward, attempt: int, *, exact: bool) -> list[pa.Ta
 def _shape(rows: LayerRows | None) -> tuple[Any, ...]:
     """What must agree for the rows of two layers to stand in one array."""
     assert rows is not None
-    parts = (rows.next_ids_NM, rows.next_weights_NM, rows.entropy_N, rows.margin_N)
+    parts = (
+        rows.weights_NK,
+        rows.next_ids_NM,
+        rows.next_weights_NM,
+        rows.entropy_N,
+        rows.group_entropy_N,
+        rows.margin_N,
+    )
     more = (rows.dropped_NK, rows.chosen_NK, rows.router_ids_NK)
     present = tuple(p is None for p in (*parts, *more))
     runners = None if rows.next_ids_NM is None else rows.next_ids_NM.shape[1]
@@ -76,6 +83,7 @@ def _routing(forward: Forward, attempt: int, group: list[LayerCounts], *, exact:
     weights = gather("weights_NK", bits)
     next_ids, next_weights = gather("next_ids_NM"), gather("next_weights_NM", bits)
     entropy, margin = gather("entropy_N", BF16_BITS), gather("margin_N", BF16_BITS)
+    group_entropy = gather("group_entropy_N", BF16_BITS)
     dropped, chosen = gather("dropped_NK"), gather("chosen_NK")
     router_ids = gather("router_ids_NK")
     no_lists = pa.nulls(n, pa.list_(pa.int32()))
@@ -86,7 +94,9 @@ def _routing(forward: Forward, attempt: int, group: list[LayerCounts], *, exact:
             "layer": np.repeat(np.array(layers, np.int32), rows),
             "token": gather("token_N"),
             "expert_ids": _choices(_not_none(gather("expert_ids_NK")), chosen),
-            "weights": _choices(_not_none(weights), chosen),
+            "weights": pa.nulls(n, pa.list_(pa.float32()))
+            if weights is None
+            else _choices(weights, chosen),
             "next_ids": no_lists if next_ids is None else _runners(next_ids, next_ids),
             "next_weights": pa.nulls(n, pa.list_(pa.float32()))
             if next_weights is None or next_ids is None
@@ -95,6 +105,7 @@ def _routing(forward: Forward, attempt: int, group: list[LayerCounts], *, exact:
             "margin": _optional(margin, n),
             "dropped": no_lists if dropped is None else _slots(dropped, chosen),
             "router_ids": no_lists if router_ids is None else _choices(router_ids, chosen),
+            "group_entropy": _optional(group_entropy, n),
         },
     )
 

@@ -156,6 +156,11 @@ TABLES: dict[str, Table] = {
                 _total("margin_sum", "k-th minus next selection score (meta: selection)"),
                 _total("top1_prob_sum", "largest router probability"),
                 _total("zloss_sum", "squared logsumexp of the logits, nats squared"),
+                _total(
+                    "group_entropy_sum",
+                    "entropy of that distribution summed over groups of experts (meta: groups), "
+                    "nats; null: no groups",
+                ),
             ),
             ("layer", "window"),
         ),
@@ -184,8 +189,8 @@ TABLES: dict[str, Table] = {
                 FORWARD,
                 PHASE,
                 WINDOW,
-                _count("t_start_ns", "start of the forward, ns since the epoch"),
-                _count("host_ns", "wall time of the forward on the host, ns"),
+                _count("t_start_ns", "start of the forward, ns since the epoch", nullable=True),
+                _count("host_ns", "wall time of the forward on the host, ns", nullable=True),
                 _count("device_ns", "time of the forward on the device, ns", nullable=True),
                 _count("tokens", "valid tokens"),
                 _count(
@@ -247,7 +252,9 @@ TABLES: dict[str, Table] = {
                 LAYER,
                 TOKEN,
                 Column("expert_ids", IDS, "choices, in the experts' order", "split"),
-                Column("weights", FLOATS, "gate weights, same order (meta)", "split"),
+                Column(
+                    "weights", FLOATS, "gate weights, same order (meta)", "split", nullable=True
+                ),
                 Column("next_ids", IDS, "runners-up by selection score", "split", nullable=True),
                 Column(
                     "next_weights",
@@ -264,6 +271,14 @@ TABLES: dict[str, Table] = {
                     "router_ids",
                     IDS,
                     "the router's choices, where the library runs other experts (meta: faithful)",
+                    "split",
+                    nullable=True,
+                ),
+                Column(
+                    "group_entropy",
+                    F32,
+                    "of the router's distribution over groups of experts (meta: groups), nats; "
+                    "null: no groups",
                     "split",
                     nullable=True,
                 ),
@@ -425,6 +440,38 @@ REPLAY_EP = Table(
     ("placement", "layer", "step", "forward", "ep_rank"),
 )
 """`RUN/replay_ep/<name>.parquet`: what `moe-lens replay --ep` measured."""
+
+
+COUNTERFACTUAL = Table(
+    "counterfactual",
+    "(layer, intervention, number, sequence, position): the loss of one token under one change of "
+    "one layer's routing; what was measured stands in the file's metadata as JSON under `moe_lens`",
+    (
+        LAYER,
+        _key(
+            "intervention",
+            STR,
+            "knock_out, force_in, runner_up, top_k: of all tokens at once; other_route: of this "
+            "token alone",
+        ),
+        _key(
+            "number",
+            I32,
+            "the expert of knock_out and force_in, k of top_k, which other_route; 0 of runner_up",
+        ),
+        _key("sequence", I64, "sequence of the batches that were measured, from 0"),
+        Column("position", I32, "position of the token in its sequence", "split"),
+        TAG,
+        Column("base_loss", F64, "loss of the prediction made at this token, unchanged", "split"),
+        Column("loss", F64, "the same under the change", "split"),
+        _key("affected", BOOL, "the change gave this token itself other experts, or more or fewer"),
+        Column("margin", F32, "its router's K-th minus K+1-th score, unchanged", "split", True),
+        Column("entropy", F32, "of its router's distribution, nats, unchanged", "split", True),
+        Column("expert_ids", IDS, "of other_route: the experts that were forced", "split", True),
+    ),
+    (),
+)
+"""`RUN/counterfactual/<name>.parquet`: what `moe-lens counterfactual` measured."""
 
 
 def with_keys(keys: tuple[str, ...]) -> dict[str, Table]:

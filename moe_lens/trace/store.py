@@ -159,11 +159,20 @@ def seal_stream(run: Path, table: Table, rank: int, seq: int) -> int:
     target = layout.segment_path(run, table.name, rank, seq)
     rows = None if target.exists() else read_stream(source)
     if rows is not None and rows.num_rows:
+        rows = _of_today(table, rows)
         if table.name == "load":
             write_rollup(run, rank, seq, rows)
         write_segment(target, table, rows)
     source.unlink()
     return 0 if rows is None else int(rows.num_rows)
+
+
+def _of_today(table: Table, rows: pa.Table) -> pa.Table:
+    """The rows of a stream; columns that came after the version that wrote it are null."""
+    for field in table.schema:
+        if field.nullable and field.name not in rows.column_names:
+            rows = rows.append_column(field, pa.nulls(rows.num_rows, field.type))
+    return rows.select(table.schema.names)
 
 
 def _rows(path: Path) -> int:

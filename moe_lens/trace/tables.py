@@ -19,7 +19,7 @@ _LOAD_COUNTS = (
     *("prob_sum", "weight_sum", "received"),
 )
 _ROUTER_COUNTS = ("tokens", "unserved", "nonfinite")
-_ROUTER_SUMS = ("entropy_sum", "margin_sum", "top1_prob_sum", "zloss_sum")
+_ROUTER_SUMS = ("entropy_sum", "margin_sum", "top1_prob_sum", "zloss_sum", "group_entropy_sum")
 _RENAMED = {"unserved": "unserved_tokens", "nonfinite": "nonfinite_tokens"}
 
 _SCHEMAS = {n: (t.schema, [(f.name, f.type) for f in t.schema]) for n, t in TABLES.items()}

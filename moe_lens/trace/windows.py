@@ -18,6 +18,9 @@ from moe_lens.trace.events import Doubles, Forward, Ints, LayerCounts, Losses
 
 SHARED_SECONDS = 1.0
 
+SHARED_FORWARDS = 64
+"""Forwards that share a window at most, where nobody knows when they ran."""
+
 _SUMMED = [f.name for f in fields(LayerCounts) if f.name.endswith(("_G", "_GE"))]
 
 
@@ -30,8 +33,8 @@ def stands_alone(forward: Forward) -> bool:
 
 
 NULL_WHEN_UNSEEN = {
-    *("prob_sum", "received"),
-    *("entropy_sum", "margin_sum", "top1_prob_sum", "zloss_sum"),
+    *("prob_sum", "weight_sum", "received"),
+    *("entropy_sum", "margin_sum", "top1_prob_sum", "zloss_sum", "group_entropy_sum"),
 }
 """Sums that are not known where one forward did not see them."""
 
@@ -65,6 +68,7 @@ class Window:
         self.phase = forward.phase
         self.alone = stands_alone(forward)
         self._t_start_ns = forward.t_start_ns
+        self._forwards = 0
         self._clear()
 
     def _clear(self) -> None:
@@ -87,18 +91,18 @@ class Window:
 
         By when it began: the writer takes forwards some time after they ran, many at once.
         """
-        return (
-            not self.alone
-            and abs(forward.t_start_ns - self._t_start_ns) <= SHARED_SECONDS * 1e9
-            and forward.phase == self.phase
-            and not stands_alone(forward)
-        )
+        if self.alone or forward.phase != self.phase or stands_alone(forward):
+            return False
+        if forward.t_start_ns is None or self._t_start_ns is None:
+            return self._forwards < SHARED_FORWARDS
+        return abs(forward.t_start_ns - self._t_start_ns) <= SHARED_SECONDS * 1e9
 
     def expired(self) -> bool:
         """It has waited long enough for another forward."""
         return time.monotonic() - self._since > SHARED_SECONDS
 
     def add(self, forward: Forward) -> None:
+        self._forwards += 1
         at_G = self._index(forward.tags)
         self.tokens_G[at_G] += forward.tokens_G
         self.sequences_G[at_G] += forward.sequences_G

@@ -44,7 +44,7 @@ class _Flush:
 class _Edit:
     """A change of the meta file, made on the writer's thread."""
 
-    change: Callable[[Meta], None]
+    change: Callable[[Meta], object]
 
 
 _Item = Staged | _Flush | _Edit
@@ -134,7 +134,7 @@ class TraceWriter:
             found.append(self.breaches.popleft())
         return found
 
-    def edit(self, change: Callable[[Meta], None]) -> None:
+    def edit(self, change: Callable[[Meta], object]) -> None:
         """Change the meta file, in order with the events."""
         self.put(_Edit(change))
 

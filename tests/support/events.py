@@ -55,6 +55,8 @@ class Router:
     margins: bool = True
     runners: int = 1
     logits: bool = False
+    expert_groups: int | None = None
+    """Equal groups of neighbouring experts."""
 
 
 @dataclass
@@ -71,6 +73,7 @@ class Choice:
     probs: list[float] = field(default_factory=list)
     logits: list[float] = field(default_factory=list)
     entropy: float = math.nan
+    group_entropy: float = math.nan
     margin: float = math.nan
 
 
@@ -160,6 +163,10 @@ def _choices(rng: random.Random, r: Router, tokens: list[Token], nonfinite: floa
         if r.scores and c.finite:
             c.probs, c.logits = probs, logits
             c.entropy = -math.fsum(p * math.log(p) for p in probs)
+            if r.expert_groups is not None:
+                of = r.experts // r.expert_groups
+                sums = [math.fsum(probs[e : e + of]) for e in range(0, r.experts, of)]
+                c.group_entropy = -math.fsum(p * math.log(p) for p in sums)
         if r.margins and c.finite and k < r.experts:
             c.margin = logits[ranked[k - 1]] - logits[ranked[k]]
         nexts = ranked[k : k + r.runners]
@@ -282,6 +289,9 @@ def _layer_event(
             [p for _, c in finite for p in c.probs],
         )
         x.entropy_sum_G = _sum_by_tag(f, [(t.tag, c.entropy) for t, c in finite])
+        if r.expert_groups is not None:
+            entropies = [(t.tag, c.group_entropy) for t, c in finite]
+            x.group_entropy_sum_G = _sum_by_tag(f, entropies)
         x.top1_prob_sum_G = _sum_by_tag(f, [(t.tag, max(c.probs)) for t, c in finite])
         x.zloss_sum_G = _sum_by_tag(f, [(t.tag, _lse(c) ** 2) for t, c in finite])
     if r.margins and r.top_k < r.experts:
@@ -319,6 +329,8 @@ def _layer_rows(r: Router, choices: list[Choice], kept: list[int]) -> LayerRows:
         out.next_weights_NM = np.array([c.next_weights or [math.nan] * m for c in rows], np.float32)
     if r.scores:
         out.entropy_N = np.array([c.entropy for c in rows], np.float32)
+        if r.expert_groups is not None:
+            out.group_entropy_N = np.array([c.group_entropy for c in rows], np.float32)
     if r.margins:
         out.margin_N = np.array([c.margin for c in rows], np.float32)
     if r.capacity is not None:
@@ -368,7 +380,8 @@ def _tally_layer(
     margins = 0.0 if r.margins and r.top_k < r.experts else None
     loads = "routed processed overflowed dropped rerouted_in padding weight_sum prob_sum received"
     routers = "tokens unserved_tokens nonfinite_tokens"
-    routers += " entropy_sum top1_prob_sum zloss_sum margin_sum"
+    routers += " entropy_sum top1_prob_sum zloss_sum margin_sum group_entropy_sum"
+    of_groups = None if r.expert_groups is None else sums
     done: dict[int, int] = defaultdict(int)
 
     def load(tag: str, e: int) -> Row:
@@ -389,13 +402,15 @@ def _tally_layer(
                 done[e] += 1
         if t.padding:
             continue
-        blank = _row(routers, 0, 0, 0, sums, sums, sums, margins)
+        blank = _row(routers, 0, 0, 0, sums, sums, sums, margins, of_groups)
         row = out["routers"].setdefault((window, r.layer, t.tag), {**own, "tag": t.tag, **blank})
         row["tokens"] += 1
         row["unserved_tokens"] += len(c.dropped) == len(c.experts)
         row["nonfinite_tokens"] += not c.finite
         if c.finite and r.scores:
             row["entropy_sum"] += c.entropy
+            if of_groups is not None:
+                row["group_entropy_sum"] += c.group_entropy
             row["top1_prob_sum"] += max(c.probs)
             row["zloss_sum"] += _lse(c) ** 2
             for e, p in enumerate(c.probs):
@@ -463,7 +478,8 @@ def _tally_tokens(out: dict[str, dict[Key, Row]], f: Seen, known: set[int]) -> N
             row = _row("layer token expert_ids weights", r.layer, i, c.experts, c.weights)
             row |= _row("next_ids next_weights", c.next_ids, c.next_weights)
             row |= _row("entropy margin dropped", entropy, margin, c.dropped or None)
-            row |= _row("router_ids", None)
+            of_groups = None if math.isnan(c.group_entropy) else c.group_entropy
+            row |= _row("router_ids group_entropy", None, of_groups)
             key = (f.step, f.forward, r.layer, i)
             out["routing"][key] = at | row
             if r.logits:

@@ -36,6 +36,19 @@ def answers(
             last_layer=(size / experts) ** 0.4,
             chance=size / experts,
         )
+    for place in (16, 32, 64):
+        add(
+            "beginnings",
+            tokens=place,
+            size=max(1, experts // 2),
+            prefix=0.5 + place / 200,
+            popularity=0.4 + place / 400,
+            oracle=0.9,
+            chance=0.5,
+        )
+    for bucket in (1, 2, 3, 4):
+        for name, share in (("int8", 0.05), ("int4", 0.5)):
+            add("flips", format=name, part="router", bucket=bucket, flipped=share / bucket**2)
     for tau in (1, 2, 4, 7):
         add(
             "growth",
@@ -98,7 +111,51 @@ def answers(
             over_balanced=1.3 - 0.1 * layer,
             noise=0.05,
         )
+        for e in range(experts if layer == 0 else 0):
+            add(
+                "expert_importance",
+                layer=layer,
+                expert=e,
+                load=(e + 1) / (10 * experts),
+                fair=0.25,
+                knock_out=0.01 * e - 0.005,
+                knock_out_error=0.002,
+                knock_out_used=0.1 * e,
+                force_in=-0.01,
+                dormant=e in (0, 2),
+                dormant_but_causal=e == 2,
+            )
+        add("route_changes", layer=layer, intervention="runner_up", number=0, own=2, cost=0.1)
+        for k in (1, 2, 3, 4):
+            add(
+                "route_changes",
+                layer=layer,
+                intervention="top_k",
+                number=k,
+                own=2,
+                cost=(k - 2) ** 2 / 10 - 0.01 * layer,
+            )
+        add(
+            "sets_by_layer",
+            layer=layer,
+            tokens=500,
+            used=100 - layer,
+            at_least=120.5,
+            chance=110.25,
+            possible=2.0 ** (10 * experts),
+        )
         for i, tag in enumerate(tags):
+            if layer == 0:
+                add(
+                    "route_regret",
+                    layer=-1,
+                    slice=tag,
+                    tokens=50 + i,
+                    regret=0.1 + i,
+                    regret_error=0.02,
+                    random_regret=0.2,
+                    mean_route=-0.05,
+                )
             for e in range(experts if layer == 0 else 0):
                 made_by = 200 + 10 * i + e
                 add(
@@ -114,6 +171,26 @@ def answers(
                 )
             for other in tags if layer == 0 else ():
                 add("divergences", tag=tag, other=other, divergence=0.0 if tag == other else 0.1)
+        for octave in range(4):
+            add(
+                "by_distance",
+                layer=layer,
+                first=2**octave // 2,
+                last=2**octave - 1,
+                tokens=10 * (octave + 1),
+                set_changed=0.5 - 0.1 * octave + 0.01 * layer,
+            )
+        for name, kept in (("int8", 0.99), ("int4", 0.9)):
+            for mode in ("alone", "forced", "free"):
+                for part in ("router", "both"):
+                    add(
+                        "agreement",
+                        format=name,
+                        part=part,
+                        mode=mode,
+                        layer=layer,
+                        agreement=kept ** (layer + 1 if mode == "free" else 1),
+                    )
         add("beside_chance", layer=layer, value=0.1 * layer, chance=0.1, low=0.05, high=0.15)
         routed = rng.integers(1, 1000, experts)
         if experts > 2:
@@ -329,11 +406,43 @@ def answers(
                     expected=20.0,
                     lift=n / 20,
                 )
+    for top_k in range(1, experts + 1):  # students of the granularity laboratory
+        of = {"teacher": f"{2 * experts}e{experts}a", "teacher_top_k": experts, "top_k": top_k}
+        error = 0.4 * (1 - top_k / (experts + 1))
+        add("gap", **of, nmse=error, affine_nmse=0.36, published=0.9 * error)
+    for swept, gain in (("width", 0.9), ("experts", 0.8)):
+        for power in range(layers + 1):
+            add("sweeps", swept=swept, top_k=2, factor=2**power, nmse=0.3 * gain**power,
+                affine_nmse=0.36, published=0.25)  # fmt: skip
+    for place in range(experts * layers):
+        x, y = place % experts, place // experts
+        add("pictures", picture=tags[0], x=x - 1.5, y=y - 0.5, region=min(x, y),
+            chosen=f"{min(x, y)} {min(x, y) + 1}")  # fmt: skip
+    for power in range(1, layers + 1):
+        add("realised", hidden=2**power, experts=16, top_k=8, tokens=1_000, used=20 * power,
+            possible=12_870)  # fmt: skip
     return {question: pd.DataFrame(rows) for question, rows in made.items()}  # fmt: skip
 
 
 PLACED = {"rank_load", "rank_slowest", "rank_traffic", "placement_gains"}
-COMPUTED = {"beside_chance", "divergences", "hit_rates", "recall", "growth", "groups", *PLACED}
+COMPUTED = {
+    "agreement",
+    "flips",
+    "sets_by_layer",
+    "beside_chance",
+    "divergences",
+    "hit_rates",
+    "recall",
+    "beginnings",
+    "by_distance",
+    "growth",
+    "groups",
+    "gap",
+    "sweeps",
+    "pictures",
+    "realised",
+    *PLACED,
+}
 """Tables of `moe_lens.metrics` and of placements, not answers of stored questions."""
 
 FIGURES = {
@@ -342,6 +451,8 @@ FIGURES = {
     "tag_lift": "tag_load",
     "hit_rates": "hit_rates",
     "prefetch": "recall",
+    "prefix_recall": "beginnings",
+    "order_change": "by_distance",
     "working_set": "growth",
     "grouping": "groups",
     "rank_load": "rank_load",
@@ -349,6 +460,16 @@ FIGURES = {
     "rank_traffic": "rank_traffic",
     "placement_gains": "placement_gains",
     "replay_layers": "replay_layers",
+    "agreement_by_layer": "agreement",
+    "flips_by_margin": "flips",
+    "knock_out_by_load": "expert_importance",
+    "regret_by_slice": "route_regret",
+    "top_k_sweep": "route_changes",
+    "sets_by_layer": "sets_by_layer",
+    "granularity_gap": "gap",
+    "granularity_sweeps": "sweeps",
+    "input_regions": "pictures",
+    "realised_sets": "realised",
     "all_to_all": "all_to_all",
     "capacity_curve": "capacity_sweep",
     "co_activation": "co_activation",

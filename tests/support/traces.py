@@ -43,12 +43,14 @@ def complete(schema: pa.Schema, row: dict[str, Any]) -> dict[str, Any]:
     return {f.name: row[f.name] if f.name in row else _empty(f) for f in schema}
 
 
-def segment(run: Path, table: str, rows: Rows, *, rank: int = 0, seq: int = 0) -> Path:
+def segment(
+    run: Path, table: str, rows: Rows, *, rank: int = 0, seq: int = 0, keys: tuple[str, ...] = ()
+) -> Path:
     """Seal rows the way the format says: temporary name, then rename."""
     path = layout.segment_path(run, table, rank, seq)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".seg-{seq:08d}.tmp")
-    pq.write_table(arrow(table, rows), temporary, store_schema=False)
+    pq.write_table(arrow(table, rows, keys), temporary, store_schema=False)
     return temporary.replace(path)
 
 

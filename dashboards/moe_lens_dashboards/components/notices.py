@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import streamlit as st
 
+from moe_lens.lacking import made_up, not_there
 from moe_lens_dashboards.components.words import plain
+
+if TYPE_CHECKING:
+    from moe_lens_dashboards.components.run import OpenRun
 
 _HOW = {
     "token rows": (
@@ -31,6 +37,7 @@ _HOW = {
         "All tokens have the same tag.",
         'with rec.step(tags=["code", "prose"]): …   # one for each sequence of the batch',
     ),
+    "times": ("The trace has no times of forwards.", ""),
     "rows in these steps": (
         "Nothing was recorded within the filters.",
         "",
@@ -38,17 +45,45 @@ _HOW = {
 }
 
 
-def not_recorded(what: str) -> None:
-    """Say that something is missing from the trace, and how to record it.
+_IMPORTED = {
+    "token ids": ("No token ids", "token ids"),
+    "loss": ("No losses", "losses"),
+    "capacity": ("What was dropped is not known", "drops"),
+    "times": ("The trace has no times", "times"),
+}
+"""Of an imported trace: what is missing, and the key of what it says that it lacks."""
+
+
+def not_recorded(run: OpenRun, what: str) -> None:
+    """Say that something is missing from the trace, and how to record it, or why it is not there.
 
     Args:
-        what: One of token rows, token ids, loss, capacity, all-to-all, tags, rows in these steps.
+        run: The run.
+        what: One of token rows, token ids, loss, capacity, all-to-all, tags, times,
+            rows in these steps.
     """
     said, how = _HOW[what]
+    if run.info.imported:
+        said, how = _of_imported(run, what) or said, ""
     st.info(said, icon=":material/info:")
     if how:
         st.caption("To record it:")
         st.code(how, language="python")
+
+
+def _of_imported(run: OpenRun, what: str) -> str:
+    if what == "token rows":
+        return plain(f"This trace has {run.info.no_rows}.")
+    if what not in _IMPORTED:
+        return ""
+    missing, key = _IMPORTED[what]
+    return plain(f"{missing}: {not_there(run.info, key)}.")
+
+
+def made_up_note(run: OpenRun) -> None:
+    """Say beside numbers of forwards that no engine ran them, where that is so."""
+    if run.info.made_steps:
+        st.caption(plain(made_up(run.info.made_steps)))
 
 
 def failed(error: Exception) -> None:

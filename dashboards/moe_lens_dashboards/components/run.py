@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from moe_lens.queries.catalog import question as stored
+from moe_lens.queries.imported import no_drops
 from moe_lens.queries.info import RunInfo
 from moe_lens_dashboards.components import traces
 from moe_lens_dashboards.components.filters import Choices, Filters
+
+if TYPE_CHECKING:
+    from moe_lens.trace.meta import LayerInfo
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,8 @@ class Asked:
     """Filters that are set and that the question does not know."""
     at_most: int | None = None
     """About so many tokens it looks at, and the run has more; None: at all that fit the filters."""
+    of: RunInfo | None = None
+    """The run, for what a chart says where there is nothing to draw."""
 
     @property
     def sql(self) -> str:
@@ -44,6 +50,16 @@ class OpenRun:
     def info(self) -> RunInfo:
         """What the run holds, whatever the filters."""
         return traces.info(self.path)
+
+    @property
+    def layers(self) -> list[LayerInfo]:
+        """The layers that the filters leave."""
+        first, last = self.filters.first_layer, self.filters.last_layer
+        return [
+            x
+            for x in self.info.layers
+            if (first is None or x.layer >= first) and (last is None or x.layer <= last)
+        ]
 
     def look(self) -> None:
         """Look at the files again, where a page does so by itself (the sidebar just did).
@@ -66,8 +82,8 @@ class OpenRun:
         asked = {k: v for k, v in given.items() if k in known} | parameters
         most = asked.get("most", known["most"].default) if "most" in known else None
         at_most = most if most is not None and self.info.token_rows > most else None
-        table = traces.answer(self.path, question, asked)
-        return Asked(question, asked, table, ignored, at_most)
+        table = no_drops(traces.answer(self.path, question, asked), self.info)
+        return Asked(question, asked, table, ignored, at_most, self.info)
 
     def every(self) -> int:
         """Steps per bucket of a chart over the filtered time."""

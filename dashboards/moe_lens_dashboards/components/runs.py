@@ -10,6 +10,7 @@ import streamlit as st
 
 from moe_lens.errors import TraceError
 from moe_lens.queries.about import unique_names
+from moe_lens.queries.laboratory import laboratories
 from moe_lens.queries.places import find_runs
 
 RUNS = "MOE_LENS_RUNS"
@@ -22,6 +23,17 @@ def listed() -> dict[str, Path]:
     A run that was named stays listed when it is gone, so that its page can say so.
     """
     return _listed(os.environ.get(RUNS, "[]"))
+
+
+def labs() -> dict[str, Path]:
+    """The granularity laboratories in the folders that were named, by name."""
+    return _labs(os.environ.get(RUNS, "[]"))
+
+
+@st.cache_data(ttl=5, show_spinner=False)
+def _labs(places: str) -> dict[str, Path]:
+    found = [lab for place in json.loads(places) for lab in laboratories(place)]
+    return unique_names(list(dict.fromkeys(found))) if found else {}
 
 
 @st.cache_data(ttl=5, show_spinner=False)

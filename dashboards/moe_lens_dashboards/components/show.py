@@ -11,6 +11,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import streamlit as st
 
+from moe_lens.figures.blank import because
 from moe_lens.figures.theme import dressed
 from moe_lens.numbers import count
 from moe_lens_dashboards.components import link
@@ -61,6 +62,8 @@ def show(figure: go.Figure, *asked: Asked, key: str | None = None) -> None:
             the old one changed, which is drawn sooner; else it is told by what was asked.
     """
     key = key or _key(figure, asked)
+    for info in (each.of for each in asked if each.of is not None):
+        figure = because(figure, info)
     chart(figure, key=f"chart {key}")
     ignored = sorted({name for each in asked for name in each.ignored})
     if ignored:

@@ -79,13 +79,17 @@ def _facts(path: str) -> None:
     info = traces.info(path)
     span = "" if info.first_step is None else f" ({info.first_step:,} to {info.last_step:,})"
     st.divider()
-    for fact in (
+    steps = f"steps are {info.made_steps}" if info.made_steps else ""
+    rows = f"{info.token_rows:,} rows of single tokens ({info.sampling})"
+    facts = (
         info.model,
         info.shape,
         f"{info.steps:,} steps{span}",
-        f"{info.token_rows:,} rows of single tokens ({info.sampling})",
-        info.state,
-    ):
+        steps,
+        info.kept if info.imported and info.no_rows else rows,
+        f"imported from {info.imported}" if info.imported else info.state,
+    )
+    for fact in filter(None, facts):
         st.caption(plain(fact))
 
 

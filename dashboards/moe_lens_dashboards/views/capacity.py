@@ -13,7 +13,7 @@ from moe_lens.figures.drops_by_tag import drops_by_tag
 from moe_lens.figures.drops_over_time import drops_over_time
 from moe_lens.figures.unserved_by_position import unserved_by_position
 from moe_lens.numbers import count, decimal, percent
-from moe_lens_dashboards.components.notices import not_recorded
+from moe_lens_dashboards.components.notices import made_up_note, not_recorded
 from moe_lens_dashboards.components.run import OpenRun
 from moe_lens_dashboards.components.show import draw, show, sql
 from moe_lens_dashboards.components.words import plain
@@ -25,18 +25,22 @@ def page(run: OpenRun) -> None:
     recorded = run.ask("recorded_capacity")
     factor = _factor(recorded.table)
     if not drops.table["routed"].sum() > 0:
-        not_recorded("rows in these steps")
+        not_recorded(run, "rows in these steps")
         return
-    _tiles(drops.table, factor)
-    sql(drops, recorded)
-    st.caption(plain(_policy(run)))
-    if drops.table[["overflowed", "dropped", "unserved_tokens"]].sum().sum() > 0:
+    if run.info.knows_drops:
+        _tiles(drops.table, factor)
+        sql(drops, recorded)
+        st.caption(plain(_policy(run)))
+    if not run.info.knows_drops:
+        not_recorded(run, "capacity")
+    elif drops.table[["overflowed", "dropped", "unserved_tokens"]].sum().sum() > 0:
         _drops(run)
     else:
-        not_recorded("capacity")
+        not_recorded(run, "capacity")
     st.subheader("What another capacity would drop", anchor=False)
     sweep = run.ask("capacity_sweep")
     show(capacity_curve(sweep.table, factor), sweep)
+    made_up_note(run)
     if factor is None:
         st.caption("No capacity of whole forwards was recorded, so that none is marked.")
     elif recorded.table["highest"].max() > 1.02 * recorded.table["lowest"].min():
@@ -58,7 +62,7 @@ def _drops(run: OpenRun) -> None:
             draw(run, unserved_by_position, "unserved_by_position")
         else:
             st.markdown("**Drops along the sequence**")
-            not_recorded("token rows")
+            not_recorded(run, "token rows")
 
 
 def _tiles(drops: pd.DataFrame, factor: float | None) -> None:

@@ -9,6 +9,7 @@ import streamlit as st
 
 from moe_lens.figures.load_difference import load_difference
 from moe_lens.numbers import count
+from moe_lens.queries.imported import reasons
 from moe_lens_dashboards.components.choose import choose
 from moe_lens_dashboards.components.columns import number, share, whole
 from moe_lens_dashboards.components.notices import not_recorded
@@ -63,7 +64,7 @@ def page(run: OpenRun) -> None:
     for side, each in zip(sides, asked, strict=True):
         if not each.load.table["routed"].sum() > 0:
             st.markdown(f"**{side.letter}: {plain(side.name)}**")
-            not_recorded("rows in these steps")
+            not_recorded(run, "rows in these steps")
             return
     _heading(sides, asked)
     a, b = asked
@@ -73,12 +74,12 @@ def page(run: OpenRun) -> None:
     order = choose(
         "by", "Largest change first of", list(_ORDERS), "balance", words=_ORDERS.__getitem__
     )
+    found = by_layer(a.answers, b.answers, order)
+    # A column with nothing in it is what neither side holds; why stands below.
     st.dataframe(
-        by_layer(a.answers, b.answers, order),
-        column_config=_COLUMNS,
-        hide_index=True,
-        height="auto",
+        found.dropna(axis=1, how="all"), column_config=_COLUMNS, hide_index=True, height="auto"
     )
+    _unknown(sides, found)
     sql(a.balance, b.balance, a.dropped, b.dropped, a.router, b.router)
     st.subheader("Hottest experts", anchor=False)
     left, right = st.columns(2)
@@ -104,6 +105,15 @@ def _heading(sides: tuple[Side, Side], asked: tuple[_Asked, _Asked]) -> None:
         column.caption(plain(f"{info.model} · {info.shape} · {count(each.tokens)} tokens"))
     for sentence in shapes(sides[0].run.info, sides[1].run.info):
         st.warning(plain(sentence), icon=":material/difference:")
+
+
+def _unknown(sides: tuple[Side, Side], found: pd.DataFrame) -> None:
+    """Say of each side what its table holds nothing of, where it was imported."""
+    for side, end in zip(sides, "ab", strict=True):
+        of = reasons(side.run.info)
+        for measure, field in (("dropped", "dropped_tokens"), ("entropy", "router_confidence")):
+            if field in of and found[f"{measure}_{end}"].isna().all():
+                st.caption(plain(f"{side.letter}: {of[field]}."))
 
 
 def _hottest(side: Side, here: pd.DataFrame, there: pd.DataFrame, other: str) -> None:

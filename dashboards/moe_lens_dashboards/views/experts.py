@@ -31,7 +31,7 @@ def page(run: OpenRun) -> None:
     """Draw the page."""
     asked = run.ask("load_map")
     if not asked.table["routed"].sum() > 0:
-        not_recorded("rows in these steps")
+        not_recorded(run, "rows in these steps")
         return
     figure = load_heatmap(asked.table)
     figure.update_layout(modebar_orientation="v")  # lying, it would cover cells

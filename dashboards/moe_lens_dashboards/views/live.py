@@ -42,8 +42,11 @@ def _draw(run: OpenRun, minutes: float) -> None:
     info = run.info
     recent = run.ask("recent", minutes=minutes)
     _state(info)
+    if recent.table.empty and info.tokens and info.imported:
+        not_recorded(run, "times")
+        return
     if recent.table.empty:
-        not_recorded("rows in these steps")
+        not_recorded(run, "rows in these steps")
         return
     now = recent.table.iloc[0]
     first, last = int(now["first_step"]), int(now["last_step"])
@@ -74,7 +77,9 @@ def _draw(run: OpenRun, minutes: float) -> None:
 
 
 def _state(info: RunInfo) -> None:
-    if info.unfinished:
+    if info.imported and not info.unfinished:
+        st.info(plain(f"This trace was imported from {info.imported}."), icon=":material/info:")
+    elif info.unfinished:
         st.caption(f":green[:material/sensors:] {plain(info.state)}")
     else:
         st.info(

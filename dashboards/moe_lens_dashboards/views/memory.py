@@ -6,21 +6,24 @@ import dataclasses
 import math
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import streamlit as st
 
 from moe_lens.figures.grouping import grouping
 from moe_lens.figures.hit_rates import hit_rates
 from moe_lens.figures.prefetch import prefetch
+from moe_lens.figures.prefix_recall import prefix_recall
 from moe_lens.figures.working_set import working_set
+from moe_lens.metrics.constellation import by_beginning, foretold
 from moe_lens.metrics.memory import Memory, measure
 from moe_lens.metrics.stall import PCIE4_GB_PER_S, expert_bytes, stall_seconds
-from moe_lens.metrics.tokens import tokens_of
+from moe_lens.metrics.tokens import Tokens, tokens_of
 from moe_lens.numbers import NONE, count, decimal, percent
 from moe_lens.queries.memory import is_chosen_by_token, previous_layer
 from moe_lens_dashboards.components import columns, traces
 from moe_lens_dashboards.components.choose import choose
-from moe_lens_dashboards.components.notices import not_recorded
+from moe_lens_dashboards.components.notices import made_up_note, not_recorded
 from moe_lens_dashboards.components.phase import first_with_rows
 from moe_lens_dashboards.components.run import Asked, OpenRun
 from moe_lens_dashboards.components.show import show
@@ -28,6 +31,7 @@ from moe_lens_dashboards.components.words import plain
 
 _MOST = 8_192
 """Tokens that a page is made of, so that it stays quick with hundreds of experts."""
+_BEGINNINGS = (4, 8, 16, 32, 64, 128, 256)
 _BATCHES = (2, 4, 8, 16, 32, 64)
 _UNITS = {"token": "a token (batch 1)", "forward": "a forward, with all its kept tokens"}
 
@@ -35,7 +39,7 @@ _UNITS = {"token": "a token (batch 1)", "forward": "a forward, with all its kept
 def page(run: OpenRun) -> None:
     """Draw the page."""
     if run.info.token_rows == 0:
-        not_recorded("token rows")
+        not_recorded(run, "token rows")
         return
     layers = _layers(run)
     if not layers:
@@ -55,13 +59,15 @@ def page(run: OpenRun) -> None:
         batch = choose("batch", "Sequences in a batch", _BATCHES, 8)
     found = first_with_rows(run, lambda phase: _ask(run, layer, phase))
     if found is None:
-        not_recorded("rows in these steps")
+        not_recorded(run, "rows in these steps")
         return
     phase, asked = found
     before = _before(run, layer, phase)
     forwards = _ask(run, layer, phase, "forward") if unit == "forward" else None
     memory = _measure(run, layer, batch, asked, before, forwards)
     st.caption(plain(_source(memory, phase, run.filters.phase)))
+    if unit == "forward":
+        made_up_note(run)
     _tiles(run, layer, memory)
     left, right = st.columns(2)
     with left:
@@ -71,6 +77,7 @@ def page(run: OpenRun) -> None:
         show(prefetch(memory.recall), asked, *([before] if before else []), key="prefetch")
         show(grouping(memory.groups), asked, key="grouping")
     _conversations(memory.conversations)
+    _beginnings(run, layer, asked, memory)
 
 
 def _layers(run: OpenRun) -> list[int]:
@@ -175,3 +182,18 @@ def _conversations(table: pd.DataFrame) -> None:
         "needed_99": columns.number("for 99 %", 1),
     }
     st.dataframe(means[list(shown)], hide_index=True, column_config=shown)
+
+
+def _beginnings(run: OpenRun, layer: int, asked: Asked, memory: Memory) -> None:
+    (info,) = (x for x in run.info.layers if x.layer == layer)
+    size = max(memory.largest, memory.experts // 2)
+    tokens: Tokens = tokens_of(asked.table, info.experts)
+    every_T = np.ones(len(tokens), bool)
+    table = by_beginning((foretold(tokens, every_T, n) for n in _BEGINNINGS), size)
+    st.subheader("What a conversation's beginning foretells", anchor=False)
+    show(prefix_recall(table), asked, key="prefix_recall")
+    st.caption(
+        "A beginning is the first of a sequence's tokens in this phase. moe-lens context also says "
+        "which loads having those experts there would save, and takes a prompt as the beginning of "
+        "what is decoded."
+    )

@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 
+from moe_lens.figures.columns import known
 from moe_lens.figures.expert_companions import expert_companions
 from moe_lens.figures.expert_over_time import expert_over_time
 from moe_lens.figures.expert_positions import expert_positions
@@ -34,7 +35,7 @@ def one_expert(run: OpenRun, now: Chosen) -> None:
         draw(run, expert_tags, "expert_tags", key="expert tags", **where)
     if not run.info.token_rows:
         st.markdown("**Positions, companions and tokens**")
-        not_recorded("token rows")
+        not_recorded(run, "token rows")
         return
     serves = run.ask("expert_serves", min_times=_MIN_TIMES, **where)
     left, right = st.columns(2)
@@ -47,7 +48,7 @@ def one_expert(run: OpenRun, now: Chosen) -> None:
 
 def _tiles(now: Chosen, load: pd.DataFrame) -> None:
     overflowed, dropped = (
-        percent(int(load[name].sum()) / now.routed if now.routed else None)
+        percent(int(load[name].sum()) / now.routed if now.routed and known(load, name) else None)
         for name in ("overflowed", "dropped")
     )
     shown = (
@@ -69,7 +70,7 @@ def _tokens(run: OpenRun, serves: Asked) -> None:
         return
     ids = serves.table[kinds == "token id"]
     if ids.empty:
-        not_recorded("token ids")
+        not_recorded(run, "token ids")
         return
     least = min(_MIN_TIMES, ids["chosen"].min())
     st.caption(

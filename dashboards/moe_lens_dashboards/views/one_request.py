@@ -44,7 +44,7 @@ def one_request(run: OpenRun, rank: int, sequence: int, said: pd.Series[Any] | N
         _tokens(asked.table)
         sql(asked)
         if asked.table["token_id"].isna().all():
-            not_recorded("token ids")
+            not_recorded(run, "token ids")
 
 
 def _facts(said: pd.Series[Any]) -> None:

@@ -37,9 +37,9 @@ def page(run: OpenRun) -> None:
     )
     every = run.every()
     numbers = tiles(answers, _rows(run, "all_to_all", every=every))
-    _tiles(numbers)
+    _tiles(numbers, imported=bool(run.info.imported))
     if numbers.tokens == 0:
-        not_recorded("rows in these steps")
+        not_recorded(run, "rows in these steps")
         return
     _findings(look_first(run.info, answers))
     draw(run, load_heatmap, "load_map")
@@ -47,10 +47,11 @@ def page(run: OpenRun) -> None:
     draw(run, quality_by_tag, "quality_by_tag")
 
 
-def _tiles(numbers: Tiles) -> None:
+def _tiles(numbers: Tiles, *, imported: bool) -> None:
     worst = NONE if numbers.worst_layer is None else f"layer {numbers.worst_layer}"
     a2a = numbers.all_to_all_ms
-    shown = (
+    unseen = "not known" if imported else "not seen"
+    shown = [
         ("Tokens", count(numbers.tokens), "Valid tokens: no padding, each once."),
         ("Overflow rate", percent(numbers.overflow_rate), "Choices that found their expert full."),
         ("Dropped-token rate", percent(numbers.dropped_rate), "Choices that no expert computed."),
@@ -67,15 +68,20 @@ def _tiles(numbers: Tiles) -> None:
         ),
         (
             "All-to-all",
-            "not seen" if a2a is None else f"{decimal(a2a)} ms",
+            unseen if a2a is None else f"{decimal(a2a)} ms",
             "Dispatch and combine of one layer in one forward, mean.",
         ),
-        ("Lost rows", count(numbers.lost_rows), "Rows of single tokens that were not written."),
-        ("Breaches", count(numbers.breaches), "Invariants of the capture that failed."),
-    )
+    ]
+    if not imported:  # nobody watched the recorder of an imported trace
+        shown += [
+            ("Lost rows", count(numbers.lost_rows), "Rows of single tokens that were not written."),
+            ("Breaches", count(numbers.breaches), "Invariants of the capture that failed."),
+        ]
     for start in range(0, len(shown), 4):
-        columns = st.columns(4)
-        for column, (label, value, help) in zip(columns, shown[start : start + 4], strict=True):
+        # The last row may have fewer.
+        for column, (label, value, help) in zip(
+            st.columns(4), shown[start : start + 4], strict=False
+        ):
             column.metric(label, value, help=help, border=True)
 
 

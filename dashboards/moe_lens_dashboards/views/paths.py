@@ -18,11 +18,11 @@ from moe_lens_dashboards.components.show import draw
 def page(run: OpenRun) -> None:
     """Draw the page."""
     if run.info.token_rows == 0:
-        not_recorded("token rows")
+        not_recorded(run, "token rows")
         return
-    layers = _layers(run)
+    layers = [x.layer for x in run.layers]
     if not layers:
-        not_recorded("rows in these steps")
+        not_recorded(run, "rows in these steps")
         return
     layer = choose("layer", "Layer", layers, layers[0])
     # The layer was chosen within the filters of layers, which say nothing more about it.
@@ -41,15 +41,6 @@ def page(run: OpenRun) -> None:
                 icon=":material/info:",
             )
     draw(run, repetition, "repetition")
-
-
-def _layers(run: OpenRun) -> list[int]:
-    first, last = run.filters.first_layer, run.filters.last_layer
-    return [
-        x.layer
-        for x in run.info.layers
-        if (first is None or x.layer >= first) and (last is None or x.layer <= last)
-    ]
 
 
 def _goes_on(run: OpenRun, layer: int) -> bool:

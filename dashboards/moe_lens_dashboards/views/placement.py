@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
+from moe_lens.figures.blank import because
 from moe_lens.figures.placement_gains import placement_gains
 from moe_lens.figures.rank_load import rank_load
 from moe_lens.figures.rank_slowest import rank_slowest
@@ -22,6 +23,7 @@ from moe_lens.replay.placement.study import Candidate, Question, Study, study
 from moe_lens.replay.placement.verdict import LEAST_GAIN, Verdict
 from moe_lens_dashboards.components import columns, traces
 from moe_lens_dashboards.components.choose import choose
+from moe_lens_dashboards.components.notices import made_up_note
 from moe_lens_dashboards.components.run import OpenRun
 from moe_lens_dashboards.components.show import chart
 from moe_lens_dashboards.components.words import plain
@@ -45,6 +47,7 @@ def page(run: OpenRun) -> None:
     with st.spinner("Placing experts …"):
         found = _found(run.path, now, question)
     st.caption(plain(found.about))
+    made_up_note(run)
     _verdict(found.verdict, question.method)
     _table(found.table)
     layer = choose("layer", "Layer", found.layers, found.worst)
@@ -52,7 +55,7 @@ def page(run: OpenRun) -> None:
     for side, loads, traffic in zip((left, right), found.loads[layer], found.traffic, strict=True):
         with side:
             chart(rank_load(loads), key=f"load {loads['placement'].iloc[0]} {side is left}")
-            chart(rank_traffic(traffic), key=f"traffic {side is left}")
+            chart(because(rank_traffic(traffic), run.info), key=f"traffic {side is left}")
     with left:
         chart(rank_slowest(found.slowest), key="slowest")
     with right:
@@ -151,7 +154,8 @@ def _about(made: Study) -> str:
     text = f"{counts.experts} experts of {len(counts.layers)} layers on {plan.ranks} ranks"
     text += f" of {plan.nodes} nodes" if plan.nodes > 1 else ""
     text += f"; {made.fitted_how}."
-    text += f" What tokens send, and affinity: from about {count(_TOKENS)} tokens of each layer."
+    if made.now.traffic is not None:
+        text += f" What tokens send, and affinity: from about {count(_TOKENS)} tokens of a layer."
     if len(counts.forwards) < counts.recorded - counts.uncounted:
         text += (
             f" {count(len(counts.forwards))} of {count(counts.recorded)} forwards, evenly spread."

@@ -13,7 +13,7 @@ from moe_lens.numbers import count
 from moe_lens.queries.info import phase_order
 from moe_lens.queries.replayed import about, replayed, results
 from moe_lens_dashboards.components import columns
-from moe_lens_dashboards.components.notices import failed
+from moe_lens_dashboards.components.notices import failed, made_up_note
 from moe_lens_dashboards.components.run import OpenRun
 from moe_lens_dashboards.components.show import show
 from moe_lens_dashboards.components.words import plain
@@ -45,6 +45,7 @@ def _measured(run: OpenRun, name: str, said: dict[str, Any]) -> None:
             "This replay was interrupted: it has some of its forwards.", icon=":material/pause:"
         )
     st.caption(plain(_setting(said)))
+    made_up_note(run)
     asked = run.ask("replay_layers", result=name)
     if asked.table.empty:
         st.info("Nothing of it lies within the filters.", icon=":material/info:")

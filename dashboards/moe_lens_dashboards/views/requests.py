@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pandas as pd
 import streamlit as st
 
@@ -46,14 +48,14 @@ def page(run: OpenRun) -> None:
     """Draw the page."""
     losses = _tags(run)
     if run.info.token_rows == 0:
-        not_recorded("token rows")
+        not_recorded(run, "token rows")
         return
     _sequences(run)
     st.subheader("Are tokens predicted worse that lost a choice?", anchor=False)
     if losses:
         draw(run, quality_of_dropped, "quality_of_dropped")
     else:
-        not_recorded("loss")
+        not_recorded(run, "loss")
 
 
 def _tags(run: OpenRun) -> bool:
@@ -61,31 +63,33 @@ def _tags(run: OpenRun) -> bool:
     st.subheader("By tag", anchor=False)
     asked = run.ask("quality_by_tag")
     if asked.table.empty:
-        not_recorded("rows in these steps")
+        not_recorded(run, "rows in these steps")
         return False
-    st.dataframe(asked.table, column_order=list(_TAGS), column_config=_TAGS, hide_index=True)
+    shown = _known(run, asked.table, _TAGS)
+    st.dataframe(asked.table, column_order=shown, column_config=_TAGS, hide_index=True)
     sql(asked)
     return bool(asked.table["loss"].notna().any())
 
 
 def _sequences(run: OpenRun) -> None:
     st.subheader("Sequences whose tokens were kept", anchor=False)
-    order = choose("order", "Most first", list(_ORDERS), "dropped", words=_ORDERS.__getitem__)
+    orders = [name for name in _ORDERS if name == "tokens" or not run.info.imported]
+    order = choose("order", "Most first", orders, orders[0], words=_ORDERS.__getitem__)
     asked = run.ask("requests", order=order, top=_SHOWN)
     table = asked.table
     if table.empty:
-        not_recorded("rows in these steps")
+        not_recorded(run, "rows in these steps")
         return
     many = f"The first {count(_SHOWN)}. " if len(table) == _SHOWN else ""
     st.caption(f"{many}Choose a row to see its experts and tokens.")
-    _table(table, f"requests {asked.parameters}")
+    _table(run, table, f"requests {asked.parameters}")
     sql(asked)
     if chosen := _chosen():
         mine = table[(table["rank"] == chosen[0]) & (table["sequence"] == chosen[1])]
         one_request(run, *chosen, None if mine.empty else mine.iloc[0])
 
 
-def _table(table: pd.DataFrame, key: str) -> None:
+def _table(run: OpenRun, table: pd.DataFrame, key: str) -> None:
     """The sequences; that of the link is the chosen row, and the other way round."""
     names = [
         f"{rank}:{sequence}"
@@ -100,7 +104,7 @@ def _table(table: pd.DataFrame, key: str) -> None:
     same = {c for c in ("rank", "request") if table[c].nunique() <= (c == "rank")}
     st.dataframe(
         table,
-        column_order=[c for c in _SEQUENCES if c not in same],
+        column_order=[c for c in _known(run, table, _SEQUENCES) if c not in same],
         column_config=_SEQUENCES,
         hide_index=True,
         height=min(38 + 35 * len(table), 320),
@@ -108,6 +112,13 @@ def _table(table: pd.DataFrame, key: str) -> None:
         on_select=lambda: _open(key, names),
         selection_mode="single-row",
     )
+
+
+def _known(run: OpenRun, table: pd.DataFrame, columns: Iterable[str]) -> list[str]:
+    """Without losses and shares of what was dropped, where an imported trace has none."""
+    if not run.info.imported or table.empty:
+        return list(columns)
+    return [c for c in columns if c != "loss_tokens" and table[c].notna().any()]
 
 
 def _open(key: str, names: list[str]) -> None:

@@ -15,7 +15,9 @@ from moe_lens.figures.entropy_by_layer import entropy_by_layer
 from moe_lens.figures.near_ties import near_ties
 from moe_lens.figures.repetition import repetition
 from moe_lens.figures.router_over_time import VALUES, router_over_time
+from moe_lens.lacking import not_there
 from moe_lens.numbers import NONE, count, decimal
+from moe_lens_dashboards.components import columns
 from moe_lens_dashboards.components.notices import not_recorded
 from moe_lens_dashboards.components.run import Asked, OpenRun
 from moe_lens_dashboards.components.show import draw, show, sql
@@ -28,24 +30,27 @@ def page(run: OpenRun) -> None:
     asked = run.ask("router_confidence", by_tag=False)
     table = asked.table
     if not table["tokens"].sum() + table["nonfinite_tokens"].sum() > 0:
-        not_recorded("rows in these steps")
+        not_recorded(run, "rows in these steps")
         return
     units = {x.layer: x.selection for x in run.info.layers}
-    _tiles(table, {units.get(layer) for layer in table["layer"]})
+    unseen = bool(run.info.imported) and not known(table, "entropy_norm")
+    _tiles(table, {units.get(layer) for layer in table["layer"]}, unseen=unseen)
     sql(asked)
     rows = [{str(k): v for k, v in row.items()} for row in table.to_dict("records")]
-    for sentence in without(run.info.layers, rows):
+    for sentence in without(run.info.layers, rows, not_there(run.info, "entropy")):
         st.info(plain(sentence), icon=":material/info:")
     _charts(run, [value for value in VALUES if known(table, value)])
+    _groups(run)
     if not run.info.token_rows:
         st.markdown("**Near ties, and repetition between consecutive tokens**")
-        not_recorded("token rows")
+        not_recorded(run, "token rows")
         return
-    draw(run, near_ties, "near_ties")
-    st.caption(
-        "A margin is the k-th minus the next selection score. Other kernels, or another precision, "
-        "flip tokens whose margin is about their arithmetic difference."
-    )
+    margins = draw(run, near_ties, "near_ties")
+    if len(margins) or not run.info.imported:
+        st.caption(
+            "A margin is the k-th minus the next selection score. Other kernels, or another "
+            "precision, flip tokens whose margin is about their arithmetic difference."
+        )
 
 
 def _charts(run: OpenRun, values: list[str]) -> None:
@@ -56,10 +61,34 @@ def _charts(run: OpenRun, values: list[str]) -> None:
         charts.insert(0, partial(_drawn, run, entropy_by_layer, "router_confidence"))
     if run.info.token_rows:
         charts.append(partial(_drawn, run, repetition, "repetition"))
-    columns = st.columns(2)
+    sides = st.columns(2)
     for i, chart in enumerate(charts):
-        with columns[i % 2]:
+        with sides[i % 2]:
             chart()
+
+
+def _groups(run: OpenRun) -> None:
+    """Where routers choose among groups of experts first: how open each of the two choices is."""
+    asked = run.ask("group_entropy")
+    if asked.table.empty:
+        return
+    st.markdown("**Groups of experts**")
+    st.caption(
+        "H(e) = H(g) + H(e|g), nats: what is open of a token's expert is what is open of its "
+        f"group, and of the expert inside the group. {plain(run.info.grouped)}."
+    )
+    shown = {
+        "layer": columns.whole("layer"),
+        "tokens": columns.whole("tokens"),
+        "token_entropy": columns.number("H(e)", help="Of the router's distribution, per token."),
+        "token_group": columns.number("H(g)"),
+        "token_within": columns.number("H(e|g)"),
+        "load_entropy": columns.number("load H(e)", help="Of the choices of all tokens together."),
+        "load_group": columns.number("load H(g)"),
+        "load_within": columns.number("load H(e|g)"),
+    }
+    st.dataframe(asked.table[list(shown)], hide_index=True, column_config=shown)
+    sql(asked)
 
 
 def _over_time(asked: Asked, value: str) -> None:
@@ -70,7 +99,7 @@ def _drawn(run: OpenRun, figure: Callable[..., go.Figure], question: str) -> Non
     draw(run, figure, question)
 
 
-def _tiles(table: pd.DataFrame, units: set[str | None]) -> None:
+def _tiles(table: pd.DataFrame, units: set[str | None], *, unseen: bool) -> None:
     def of(column: str) -> float | None:
         found = mean(numbers(table, column), numbers(table, "tokens"))
         return None if math.isnan(found) else found
@@ -91,7 +120,7 @@ def _tiles(table: pd.DataFrame, units: set[str | None]) -> None:
         ),
         (
             "Tokens not finite",
-            count(int(table["nonfinite_tokens"].sum())),
+            NONE if unseen else count(int(table["nonfinite_tokens"].sum())),
             "Tokens with NaN or infinite logits, summed over layers: in no mean.",
         ),
     )

@@ -18,18 +18,17 @@ from moe_lens.metrics.evidence import Evidence
 from moe_lens.metrics.specialisation import UNDEFINED, divergences
 from moe_lens.numbers import count, digits
 from moe_lens.queries import along
+from moe_lens.queries.imported import reasons
 from moe_lens.queries.memory import is_chosen_by_token
 from moe_lens_dashboards.components import columns, traces
 from moe_lens_dashboards.components.choose import choose
 from moe_lens_dashboards.components.notices import not_recorded
 from moe_lens_dashboards.components.phase import first_with_rows
 from moe_lens_dashboards.components.run import Asked, OpenRun
+from moe_lens_dashboards.components.sample import tokens_of_a_layer
 from moe_lens_dashboards.components.show import draw, show
 from moe_lens_dashboards.components.words import plain
 
-_TOKENS = 65_536
-"""Of all layers together; a layer has `_FEWEST` to `_MOST` of them, so that a page stays quick."""
-_FEWEST, _MOST = 2_048, 16_384
 _FIRST = "domain_information"
 _TILES = {
     "domain_information": "Tags, nats",
@@ -41,19 +40,19 @@ _TILES = {
 
 def page(run: OpenRun) -> None:
     """Draw the page."""
-    layers = [x.layer for x in run.info.layers if is_chosen_by_token(x) and _within(run, x.layer)]
+    layers = [x.layer for x in run.layers if is_chosen_by_token(x)]
     if not layers:
-        not_recorded("rows in these steps")
+        not_recorded(run, "rows in these steps")
         return
     found = None
     if run.info.token_rows:
-        most = min(max(_TOKENS // len(layers), _FEWEST), _MOST)
+        most = tokens_of_a_layer(len(layers))
         found = first_with_rows(
             run, lambda phase: run.ask("sequence_choices", phase=phase, most=most)
         )
     if found is None:
         _by_tag(run, choose("layer", "Layer", layers, layers[0]), run.filters.phase)
-        not_recorded("token rows" if run.info.token_rows == 0 else "rows in these steps")
+        not_recorded(run, "token rows" if run.info.token_rows == 0 else "rows in these steps")
         return
     phase, asked = found
     with st.spinner("Permuting tags and tokens, for what chance gives"):
@@ -84,16 +83,13 @@ def _strongest(by_layer: dict[int, dict[str, Measured]], name: str) -> int:
     return max(by_layer, key=value)
 
 
-def _within(run: OpenRun, layer: int) -> bool:
-    first, last = run.filters.first_layer, run.filters.last_layer
-    return (first is None or layer >= first) and (last is None or layer <= last)
-
-
 def _measure(run: OpenRun, asked: Asked, phase: str) -> dict[int, dict[str, Measured]]:
     tagged = run.ask("tag_load", phase=phase)
     given = tuple(sorted((k, str(v)) for k, v in asked.parameters.items()))
     infos = {x.layer: x for x in run.info.layers}
-    return _measured(traces.current(run.path)[1], run.path, given, asked.table, tagged.table, infos)
+    now = traces.current(run.path)[1]
+    why = reasons(run.info)
+    return _measured(now, run.path, given, asked.table, tagged.table, infos, why)
 
 
 # A resource, since metrics have functions that nobody can copy; nothing here is changed. Streamlit
@@ -101,7 +97,7 @@ def _measure(run: OpenRun, asked: Asked, phase: str) -> dict[int, dict[str, Meas
 @st.cache_resource(max_entries=20, show_spinner=False)
 def _measured(
     now: str, path: str, given: tuple[tuple[str, str], ...], _rows: pd.DataFrame,
-    _tagged: pd.DataFrame, _infos: dict[int, Any],
+    _tagged: pd.DataFrame, _infos: dict[int, Any], _reasons: dict[str, str],
 ) -> dict[int, dict[str, Measured]]:  # fmt: skip
     wanted = [m for m in metrics().values() if m.group == "specialisation"]
     out: dict[int, dict[str, Measured]] = {}
@@ -109,7 +105,7 @@ def _measured(
         rows, info = _rows[_rows["layer"] == layer], _infos[layer]
         fields = along.fields(rows.reset_index(drop=True), info)
         of_layer = along.by_tag(_tagged[_tagged["layer"] == layer], info.experts)
-        why = UNDEFINED | fields.pop("why", {})
+        why = UNDEFINED | fields.pop("why", {}) | _reasons
         known = Evidence(
             experts=info.experts, outputs=info.experts + info.zero_experts, top_k=info.top_k,
             why=why, **fields, **of_layer,
@@ -198,7 +194,7 @@ def _tokens(run: OpenRun, asked: Asked, layer: int) -> None:
     (info,) = (x for x in run.info.layers if x.layer == layer)
     known = along.fields(rows, info) if len(rows) else {}
     if "token_id_N" not in known:
-        not_recorded("token ids")
+        not_recorded(run, "token ids")
         return
     table = tokens_of_experts(known["ids_NK"], known["token_id_N"], info.experts, top=5)
     shown = {

@@ -89,7 +89,7 @@ def _two_runs(run: OpenRun, others: list[str]) -> tuple[Side, Side] | None:
 def _two_windows(run: OpenRun) -> tuple[Side, Side] | None:
     default = _default(run)
     if default is None:
-        not_recorded("rows in these steps")
+        not_recorded(run, "rows in these steps")
         return None
     for name in ("a", "b"):
         if (text := link.own(name)) is not None and window(text) is None:

@@ -57,7 +57,7 @@ class FusedExperts:
                 "Write an adapter (docs/hooks.md) that states it."
             )
         hidden, width, inner = _widths(experts, count)
-        groups, top_groups = groups_of(router)
+        groups, top_groups = groups_of(router, count)
         info = LayerInfo(
             layer=-1,
             path=path,

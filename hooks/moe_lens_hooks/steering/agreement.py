@@ -24,6 +24,7 @@ def agrees(layer: MoELayer, wanted: Wanted, got_TK: Tensor) -> Tensor:
     Raises:
         SteeringError: The shapes differ.
     """
+    assert wanted.ids_TK is not None
     want_TK = wanted.ids_TK.to(got_TK.device)
     if got_TK.shape != want_TK.shape:
         raise SteeringError(
@@ -39,6 +40,7 @@ def other_experts(
     layer: MoELayer, wanted: Wanted, choice: Choice | None, got_TK: Tensor, agreed_T: Tensor
 ) -> MoeLensError:
     """The error of a layer whose experts got other ids than wanted."""
+    assert wanted.ids_TK is not None
     info = layer.info
     token = int((~agreed_T).nonzero()[0])
     differ = (

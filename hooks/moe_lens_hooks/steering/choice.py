@@ -28,10 +28,14 @@ from torch.overrides import (
     _push_mode,
 )
 
-from moe_lens.errors import SteeringError
+from moe_lens.errors import SteeringError, UnsupportedRouter
 
 OWN = -1
 """In place of an expert id: the router decides itself."""
+
+Rechoose = Callable[[Tensor, Tensor, Tensor], Tensor | None]
+"""(scores that the choice is made from `[T, E]`, which experts may be chosen bool `[T, E]`, the
+router's own ids `[T, K]`) to the ids to choose in their place `[T, K']`; None: its own."""
 
 
 @dataclass
@@ -40,30 +44,30 @@ class Choice:
 
     Attributes:
         path: The block, for messages.
-        ids_TK: int64; `OWN` where the router decides, whole rows or slots.
+        ids_TK: int64; `OWN` where the router decides, whole rows or slots. None: `edit` says.
+        top_k: K of the router; None: not known before it chose.
         experts: E.
         keys: Keys per half of product keys; None: no product keys.
         source: What the ids are from, for messages.
         complete: No id is `OWN` (known without asking the device).
+        edit: Makes the ids of the router's own choice, when it is made; sets `ids_TK`.
         armed: The router is at work: what chooses over E scores is its choice.
         calls: Choices that were forced so far.
     """
 
     path: str
-    ids_TK: Tensor
+    ids_TK: Tensor | None
+    top_k: int | None
     experts: int
     keys: int | None
     source: str
     complete: bool
+    edit: Rechoose | None = None
     armed: bool = False
     calls: int = 0
     unmasked: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Scores before experts were masked out of them, by id of the masked tensor (held, too)."""
     _slots: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def top_k(self) -> int:
-        return self.ids_TK.shape[1]
 
     @property
     def over(self) -> int:
@@ -74,7 +78,11 @@ class Choice:
         """The slot that this call of a one-expert function fills."""
         n = self._slots.get(function, 0)
         self._slots[function] = n + 1
-        return n % self.top_k
+        return n % self._forced().shape[1]
+
+    def _forced(self) -> Tensor:
+        assert self.ids_TK is not None
+        return self.ids_TK
 
     def ids_like(self, scores: Tensor) -> Tensor:
         """The forced ids `[…, K]` for scores `[…, N]`, on their device.
@@ -82,14 +90,44 @@ class Choice:
         Raises:
             SteeringError: The router sees another number of tokens.
         """
-        tokens = scores.numel() // scores.shape[-1]
-        if tokens != len(self.ids_TK):
+        tokens, ids_TK = scores.numel() // scores.shape[-1], self._forced()
+        if tokens != len(ids_TK):
             raise SteeringError(
                 f"{self.path} routes {tokens} tokens in this forward, but {self.source} has "
-                f"decisions for {len(self.ids_TK)}. Force the forward that was recorded, on the "
+                f"decisions for {len(ids_TK)}. Force the forward that was recorded, on the "
                 "same batch."
             )
-        return self.ids_TK.to(scores.device).view(*scores.shape[:-1], self.top_k)
+        return ids_TK.to(scores.device).view(*scores.shape[:-1], ids_TK.shape[1])
+
+    def chooses(self, k: Any, scores: Tensor) -> bool:
+        """A choice of k over these scores is the router's."""
+        some = k == self.top_k if self.top_k is not None else k < scores.shape[-1]
+        return some and scores.shape[-1] == self.over
+
+    @property
+    def edits(self) -> bool:
+        """The ids are still to be made. Once made they hold: a tap may repeat the arithmetic."""
+        return self.edit is not None and self.ids_TK is None
+
+    def edited(self, scores: Tensor, own: Tensor) -> Tensor | None:
+        """The ids `[…, K']` that `edit` makes of the own ones; None: leave them.
+
+        Args:
+            scores: `[…, E]`.
+            own: `[…, K]`.
+        """
+        assert self.edit is not None
+        if self.calls:  # it was left as it is
+            return None
+        given = scores.detach().reshape(-1, scores.shape[-1])
+        # A group limit masks experts out, with a score of zero in some models.
+        before = self.unmasked.get(id(scores), (scores,))[0].detach().reshape(given.shape)
+        self.calls += 1
+        new = self.edit(
+            given, (given == before) & (given > -torch.inf), own.reshape(len(given), -1)
+        )
+        self.ids_TK = new
+        return None if new is None else new.view(*scores.shape[:-1], new.shape[1])
 
 
 class ForcedChoice(TorchFunctionMode):
@@ -120,7 +158,7 @@ def _topk(choice: Choice, func: Callable[..., Any], args: Any, kwargs: Any) -> A
     dim = -1 if dim is None else dim
     if not _last(scores, dim) or largest is False:
         return func(*args, **kwargs)
-    if k == choice.top_k and scores.shape[-1] == choice.over:
+    if choice.chooses(k, scores):
         return torch.return_types.topk(_whole_choice(choice, scores, func, args, kwargs))
     if choice.keys is not None and k == scores.shape[-1] == choice.keys:
         # Keeps all, chooses nothing. In order, place i of the product is expert i.
@@ -133,9 +171,13 @@ def _whole_choice(
     choice: Choice, scores: Tensor, func: Callable[..., Any], args: Any, kwargs: Any
 ) -> tuple[Tensor, Tensor]:
     """Values and ids of all K choices at once."""
+    source = choice.unmasked.get(id(scores), (scores,))[0]
+    if choice.edits:
+        own = func(*args, **kwargs)
+        edited = choice.edited(scores, own[1])
+        return tuple(own) if edited is None else (source.gather(-1, edited), edited)
     ids = choice.ids_like(scores)
     choice.calls += 1
-    source = choice.unmasked.get(id(scores), (scores,))[0]
     if choice.complete:
         return source.gather(-1, ids), ids
     decides = ids == OWN
@@ -153,6 +195,8 @@ def _argmax(choice: Choice, func: Callable[..., Any], args: Any, kwargs: Any) ->
     scores, dim, keepdim = _arguments(args, kwargs, "input", "dim", "keepdim")
     if dim is None or not _last(scores, dim) or scores.shape[-1] != choice.over:
         return func(*args, **kwargs)
+    if choice.edits:
+        return _edited_one(choice, scores, func, args, kwargs, keepdim)
     ids = choice.ids_like(scores)[..., choice.slot("argmax")]
     ids = ids.unsqueeze(-1) if keepdim else ids
     choice.calls += 1
@@ -165,12 +209,41 @@ def _max(choice: Choice, func: Callable[..., Any], args: Any, kwargs: Any) -> An
         return func(*args, **kwargs)
     if not keepdim and choice.top_k != 1:
         return func(*args, **kwargs)
+    if choice.edits:
+        own = func(*args, **kwargs)
+        ids = _edited_one(choice, scores, torch.argmax, (scores, -1, True), {}, True)
+        values = scores.gather(-1, ids)
+        chosen = (values, ids) if keepdim else (values[..., 0], ids[..., 0])
+        return own if choice.ids_TK is None else torch.return_types.max(chosen)
     ids = choice.ids_like(scores)[..., choice.slot("max")].unsqueeze(-1)
     if not choice.complete:
         ids = torch.where(ids == OWN, scores.argmax(-1, keepdim=True), ids)
     choice.calls += 1
     values = scores.gather(-1, ids)
     return torch.return_types.max((values, ids) if keepdim else (values[..., 0], ids[..., 0]))
+
+
+def _edited_one(
+    choice: Choice,
+    scores: Tensor,
+    func: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    keepdim: bool | None,
+) -> Tensor:
+    """The one expert of each token; where several are chosen in turn, no score ranks them all."""
+    own: Tensor = func(*args, **kwargs)
+    if choice.top_k != 1:
+        return own
+    edited = choice.edited(scores, own if keepdim else own.unsqueeze(-1))
+    if edited is None:
+        return own
+    if edited.shape[-1] != 1:
+        raise UnsupportedRouter(
+            f"{choice.path} chooses one expert of a token, and has no place for "
+            f"{edited.shape[-1]}: its top-k cannot be changed."
+        )
+    return edited if keepdim else edited[..., 0]
 
 
 def _masked_fill(choice: Choice, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:

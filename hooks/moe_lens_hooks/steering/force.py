@@ -20,7 +20,7 @@ from moe_lens_hooks.steering.forwards import ByForward
 from moe_lens_hooks.steering.given import ByLayer, Given
 from moe_lens_hooks.steering.matching import match
 from moe_lens_hooks.steering.positions import ByPosition
-from moe_lens_hooks.steering.recorded import Recorded, read
+from moe_lens_hooks.steering.recorded import Recorded, came_from, read
 from moe_lens_hooks.steering.source import Key, Source, check_ids
 
 _NO_CHOICE = {
@@ -87,7 +87,7 @@ def force_routing(
         if isinstance(value, str) and value not in allowed:
             raise ValueError(f'{name}={value!r} must be "{allowed[0]}" or "{allowed[1]}"')
     layers = find_layers([model], [*adapters, *all_adapters()])
-    _forcible(model, layers)
+    check_forcible(model, layers)
     if not isinstance(source, str | Path):
         if weights == "recorded":
             raise ValueError('weights="recorded" needs a trace; give the weights themselves.')
@@ -99,6 +99,16 @@ def force_routing(
     recorded = read(
         source, ranks=_ranks(source, rank, by), steps=_range(steps), weights=weights == "recorded"
     )
+    if recorded.meta.imported and not len(recorded.tokens["at"]):
+        raise SteeringError(
+            f"{source} does not say whose tokens its choices are: "
+            f"{came_from(recorded.meta, 'sequences')}."
+        )
+    if weights == "recorded" and recorded.meta.weights == "none":
+        raise SteeringError(
+            f"{source} holds no gate weights: {came_from(recorded.meta, 'weights')}. Force its "
+            'choices with weights="router".'
+        )
     if weights == "recorded" and recorded.meta.weights != "exact" and not allow_rounded:
         raise SteeringError(
             f"{source} keeps gate weights rounded to bf16, which the experts did not get. Record "
@@ -107,6 +117,11 @@ def force_routing(
     numbers = match(recorded.meta, recorded.name, layers)
     found: Source
     if by == "forward":
+        if recorded.meta.steps:
+            raise SteeringError(
+                f"{source} has forwards that no engine ran ({recorded.meta.steps}), which are not "
+                'those of the model: force by="position".'
+            )
         if sequences is not None:
             raise ValueError('sequences= is for by="position".')
         found = ByForward(recorded, numbers)
@@ -124,7 +139,7 @@ def force_routing(
     return handle
 
 
-def _forcible(model: nn.Module, layers: list[MoELayer]) -> None:
+def check_forcible(model: nn.Module, layers: list[MoELayer]) -> None:
     """Raise what can be known before a forward.
 
     Raises:

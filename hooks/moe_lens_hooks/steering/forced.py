@@ -205,6 +205,8 @@ class Forced:
             call = self._call_of(layer)
             if call is None or call.wanted is None or read is None:
                 return None
+            if call.wanted.weights_TK is None and call.wanted.give is None:
+                return None
             replaced = given(call.wanted, read, call.seen, layer, args, kwargs)
             call.given = call.given or replaced is not None
             return replaced
@@ -291,14 +293,18 @@ class Forced:
         if not again and self._forward is not None and self._forward.learns:
             self._memory.keep(layer.block, x, times, ticket, wanted)
         choice = None
-        if wanted is not None:  # also where ids are given to the experts: the router agrees then
+        # Also where recorded ids are given to the experts: the router agrees then.
+        if wanted is not None and (wanted.ids_TK is not None or wanted.edit is not None):
+            ids = wanted.ids_TK
             choice = Choice(
                 path=path,
-                ids_TK=wanted.ids_TK,
+                ids_TK=ids,
+                top_k=layer.info.top_k if ids is None else ids.shape[1],
                 experts=layer.info.experts + layer.info.zero_experts,
                 keys=first_int(layer.block, "num_keys"),
                 source=self._source.name,
-                complete=not bool((wanted.ids_TK == OWN).any()),
+                complete=ids is None or not bool((ids == OWN).any()),
+                edit=wanted.edit,
                 armed=armed,
             )
         if not self._calls:
@@ -311,8 +317,15 @@ class Forced:
         call = self._call_of(layer)
         if call is None or call.again or call.wanted is None or self._forward is None:
             return
-        if self._give_weights and not call.given:
+        gives = call.wanted.weights_TK is not None or call.wanted.give is not None
+        if self._give_weights and gives and not call.given:
             raise not_plain(layer)
+        if call.wanted.saw is not None:
+            call.wanted.saw(call.seen)
+        if call.choice is not None and call.choice.edit is not None:
+            call.wanted.ids_TK = call.choice.ids_TK
+        if call.wanted.ids_TK is None:  # nothing was changed: the choice was only looked at
+            return
         got = call.seen.router_ids_TK if not layer.info.faithful else call.seen.expert_ids_TK
         if got is None:
             raise UnsupportedRouter(

@@ -9,6 +9,7 @@ import copy
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moe_lens.errors import SteeringError, UnsupportedRouter
 from moe_lens_hooks.adapter import MoELayer, Observed, Read
@@ -41,7 +42,12 @@ def given(
     where_weights = [key for key, value in at if value is weights]
     if ids is None or weights is None or not where_ids or not where_weights:
         raise not_plain(layer)
+    if wanted.give is not None:
+        chosen, gates = wanted.give(ids, weights)
+        wanted.ids_TK = chosen
+        return _with({where_ids[0]: chosen, where_weights[0]: gates}, args, kwargs)
     assert wanted.weights_TK is not None
+    assert wanted.ids_TK is not None
     if wanted.ids_TK.shape != ids.shape:
         raise SteeringError(
             f"the experts of {layer.info.path} get ids {list(ids.shape)}, but decisions are "
@@ -54,6 +60,13 @@ def given(
         where_ids[0]: torch.where(own, ids, chosen),
         where_weights[0]: torch.where(own, weights, gates),
     }
+    return _with(new, args, kwargs)
+
+
+def _with(
+    new: dict[Any, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments, some of them replaced, by place or by name."""
     changed = [new.get(i, value) for i, value in enumerate(args)]
     return tuple(changed), {name: new.get(name, value) for name, value in kwargs.items()}
 

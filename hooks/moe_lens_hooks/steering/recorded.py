@@ -126,6 +126,8 @@ def read(
     for rank in chosen:
         _add_sequences(found, files, rank)
         _add_outcomes(found, files, rank)
+    if found.meta.imported and not any(len(rows.ids_NK) for rows in found.layers.values()):
+        raise SteeringError(f"{path} holds no per-token rows: {came_from(found.meta, 'tokens')}.")
     if not any(len(rows.ids_NK) for rows in found.layers.values()):
         where = "" if steps is None else f" of steps {steps.start} to {steps.stop - 1}"
         raise SteeringError(
@@ -133,6 +135,12 @@ def read(
             "record(..., tokens=1.0) what is to be replayed."
         )
     return found
+
+
+def came_from(meta: Meta, what: str) -> str:
+    """Where an imported trace is from, and why it lacks this, if it says so."""
+    why = meta.lacks.get(what, "")
+    return f"imported from {meta.imported}" + (f" ({why})" if why else "")
 
 
 def _forwards(files: RunFiles, rank: int, steps: range | None) -> dict[tuple[int, int], int]:

@@ -5,17 +5,21 @@ Legend: T tokens, K choices per token, B sequences (rows), S positions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from moe_lens_hooks.adapter import MoELayer
-from moe_lens_hooks.steering.choice import OWN
+from moe_lens_hooks.adapter import MoELayer, Observed
+from moe_lens_hooks.steering.choice import OWN, Rechoose
 
 Key = tuple[str, int]
 """A layer: the path of its block, and how often the block ran before in this forward."""
+
+Give = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(ids `[T, K]`, gate weights `[T, K]`) that the experts would get, to those that they get."""
 
 Ticket = Any
 """A forward, to the source that gave it out; asked for again when checkpointing runs it again."""
@@ -25,10 +29,16 @@ Ticket = Any
 class Wanted:
     """What one layer is to do in one forward."""
 
-    ids_TK: Tensor
-    """int64, on the host; `OWN`: the router decides."""
+    ids_TK: Tensor | None
+    """int64, on the host; `OWN`: the router decides. None: as `edit` or `give` make them."""
     weights_TK: Tensor | None = None
     """float32, on the host; None: the router's own."""
+    edit: Rechoose | None = None
+    """Changes the router's choice when it is made."""
+    give: Give | None = None
+    """Changes what the experts are given."""
+    saw: Callable[[Observed], None] | None = None
+    """Called with what the block's taps saw, once it is through."""
 
 
 class Source(Protocol):

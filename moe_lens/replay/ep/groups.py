@@ -96,11 +96,13 @@ def choose_groups(index: Index, most: int | None, *, partial: bool = False) -> C
             if {f.rank for f in group} >= expected.get(key[:2], set())
         }
     if not usable:
+        parts = "Replay the parts as smaller batches with --partial."
+        how = "Record every rank with tokens=1.0"
         raise ReplayError(
             f"{index.files.path}: of none of its {len(every):,} forwards with per-token rows has "
             "every rank the rows of all its tokens, and a part of a batch does not load ranks as "
-            "the batch did. Record every rank with tokens=1.0, or replay the parts as smaller "
-            "batches with --partial."
+            "the batch did. "
+            + (parts if index.files.meta.imported else f"{how}, or {parts[0].lower()}{parts[1:]}")
         )
     by_phase: dict[str, list[list[Forward]]] = defaultdict(list)
     for key in sorted(usable):

@@ -322,6 +322,8 @@ class _Session:
             "run": self.index.files.path.name,
             "run_id": self.index.files.meta.run_id,
             "model": self.index.files.meta.model,
+            "imported": self.index.files.meta.imported,
+            "made_steps": self.index.files.meta.steps,
             "mode": self.mode,
             "parallel": asdict(self.parallel),
             "placement": {

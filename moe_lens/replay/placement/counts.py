@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from moe_lens.errors import ReplayError
+from moe_lens.lacking import not_there
 from moe_lens.replay import tables
 from moe_lens.replay.choose import Forward, evenly
 from moe_lens.replay.index import Index, index_of, layers_of
@@ -326,8 +327,9 @@ def _nothing(files: RunFiles, recorded: int, phase: str | None, steps: range | N
         where += "" if steps is None else f" of steps {steps.start} to {steps.stop - 1}"
         there = ", ".join(_phases(files))
         return f"{files.path} has no forwards{where}; its phases are {there}."
+    how = "record with tokens=1.0 (moe-lens record --tokens 1)"
     return (
         f"{files.path}: all {recorded:,} forwards share their counts with others (small ones do, "
         "as in decoding), and there are no rows per token to tell them apart. A placement is "
-        "judged forward by forward: record with tokens=1.0 (moe-lens record --tokens 1)."
+        f"judged forward by forward: {not_there(files.meta, 'tokens', otherwise=how)}."
     )

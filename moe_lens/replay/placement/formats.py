@@ -13,6 +13,7 @@ from typing import Any
 from moe_lens.errors import ReplayError
 from moe_lens.replay.placement.plan import Placement, to_json
 from moe_lens.trace.meta import LayerInfo
+from moe_lens.trace.whole import written_whole
 
 FORMATS = ("moe-lens", "sglang", "vllm", "vllm-ascend")
 
@@ -77,13 +78,10 @@ def write_plan(path: Path, said: dict[str, Any]) -> None:
     Raises:
         ReplayError: It cannot be written there.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(said) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        with written_whole(path) as part:
+            part.write_text(json.dumps(said) + "\n", encoding="utf-8")
     except OSError as e:
-        temporary.unlink(missing_ok=True)
         raise ReplayError(
             f"{path} cannot be written ({e.strerror or e}): name another with --out."
         ) from e

@@ -29,6 +29,7 @@ def as_dict(study: Study, path: str, bytes_per_s: float) -> dict[str, Any]:
         "judged_by": len(study.judged_by.forwards),
         "now": _candidate(study.now, bytes_per_s),
         "placements": [_candidate(c, bytes_per_s) for c in study.candidates],
+        "made_steps": study.made_steps,
         "verdict": None if study.verdict is None else asdict(study.verdict),
     }
 

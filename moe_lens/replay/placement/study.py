@@ -26,6 +26,7 @@ from moe_lens.replay.placement.what_if import (
     Traffic,
     balances,
     divided,
+    held_bytes,
     traffic_of,
     weight_bytes,
 )
@@ -73,8 +74,10 @@ class Candidate:
         placement: Fitted to the earlier forwards.
         balance: By phase.
         traffic: None where the run has no rows per token.
-        bytes_per_rank: Weights of all layers' experts on a rank; None where sizes are unknown.
-        moved: Experts that the busiest rank has to fetch, over all layers, from where they lie now.
+        bytes_per_rank: Weights of all layers' experts on a rank, those that layers share once; None
+            where sizes are unknown.
+        moved: Experts that the busiest rank has to fetch, over all layers, from where they lie now;
+            those that layers share count in each.
         moved_bytes: Their weights; None where sizes are unknown.
     """
 
@@ -97,6 +100,7 @@ class Study:
         candidates: The others; the one asked for is among them.
         plan: The one asked for, fitted to all forwards: what is written.
         verdict: If it was asked for.
+        made_steps: How forwards were made up, where no engine ran them; empty: they were run.
     """
 
     counts: Counts
@@ -106,6 +110,7 @@ class Study:
     candidates: list[Candidate]
     plan: Placement
     verdict: Verdict | None
+    made_steps: str = ""
 
     def of(self, method: str) -> Candidate:
         """The candidate of a method, or of a plan by the name of its file."""
@@ -165,7 +170,9 @@ def study(run: str | Path, question: Question) -> Study:
     choices = choices_of(rows, later, question.tokens)
     made = [_candidate(placement, later, now, choices, question.dtype) for placement in placements]
     verdict = _verdict(question, counts, now, together) if question.verdict else None
-    return Study(counts, earlier, later, made[0], made[1:], plan, verdict)
+    return Study(
+        counts, earlier, later, made[0], made[1:], plan, verdict, made_steps=files.meta.steps
+    )
 
 
 def _together(question: Question, rows: Index | None, counts: Counts) -> NDArray[np.float64] | None:
@@ -228,7 +235,7 @@ def _candidate(
         placement=placement,
         balance=balances(later, placement),
         traffic=traffic,
-        bytes_per_rank=None if each_L is None else int(each_L.sum()) * placement.slots_per_rank,
+        bytes_per_rank=None if each_L is None else held_bytes(placement, later.infos, each_L),
         moved=int(fetched_RL.sum(1).max()),
         moved_bytes=None if each_L is None else int((fetched_RL * each_L).sum(1).max()),
     )

@@ -137,6 +137,28 @@ def _sources(of: Choices, ranks: int) -> Ints:
     return np.concatenate([sources(int(n), ranks) for n in tokens_F])
 
 
+def held_bytes(placement: Placement, infos: Sequence[LayerInfo], bytes_L: NDArray[np.int64]) -> int:
+    """Weights of all layers' experts on the rank that holds most.
+
+    Weights that layers share are held once on a rank (`LayerInfo.identities`).
+
+    Args:
+        placement: Of their experts.
+        infos: The layers, in the placement's order.
+        bytes_L: Of one expert of each layer.
+    """
+    if all(info.identities is None for info in infos):
+        return int(bytes_L.sum()) * placement.slots_per_rank
+    named = [info.named for info in infos]
+    held: list[int] = []
+    for rank in range(placement.ranks):
+        at = slice(rank * placement.slots_per_rank, (rank + 1) * placement.slots_per_rank)
+        slots = zip(placement.slots_LP[:, at], named, bytes_L.tolist(), strict=True)
+        whose = {names[e]: size for experts, names, size in slots for e in experts}
+        held.append(sum(whose.values()))
+    return max(held)
+
+
 def weight_bytes(infos: Sequence[LayerInfo], dtype: str) -> NDArray[np.int64] | None:
     """Weights of one expert of each layer, bytes [L]; None where sizes are unknown.
 

@@ -63,6 +63,15 @@ def _sizes(s: Spec) -> None:
         s.groups is None or (s.groups >= 1 and s.experts % s.groups == 0),
         f"groups divides the {s.experts} experts into equal parts, got {s.groups}.",
     )
+    _require(s.pairs >= 0, f"pairs is 0 (none) or the blocks of a prompt, got {s.pairs}.")
+    if s.pairs:
+        _require(
+            s.sequences % 2 == 0, f"pairs need an even number of sequences, got {s.sequences}."
+        )
+        _require(
+            s.length % s.pairs == 0,
+            f"pairs divides the {s.length} tokens of a sequence into equal blocks, got {s.pairs}.",
+        )
     _require(not s.logits or s.rows, "logits are per-token rows: they need rows=True.")
 
 

@@ -78,10 +78,18 @@ def forward(routers: Routers, batch: Batch, moment: Moment, rank: int) -> Forwar
     if s.rows and moment.first == 0:
         serving = moment.phase == "prefill"
         out.sequences = [
-            SequenceRow(n, tags[g], f"rank{rank}-request{n}" if serving else None)
+            SequenceRow(n, tags[g], f"rank{rank}-request{n}" if serving else None,
+                        keys=_keys(s, rank, n))
             for n, g in zip(_numbers(s, batch).tolist(), batch.domain_B.tolist(), strict=True)
-        ]
+        ]  # fmt: skip
     return out
+
+
+def _keys(spec: Spec, rank: int, sequence: int) -> dict[str, str | None]:
+    """Which pair a sequence belongs to."""
+    if not spec.pairs:
+        return {}
+    return {"pair": f"rank{rank}-{sequence // 2}", "variant": "ab"[sequence % 2]}
 
 
 def losses(spec: Spec, batch: Batch, moment: Moment) -> Losses:
@@ -149,6 +157,7 @@ def _layer(s: Spec, layer: int, settled: Settled, batch: Batch, moment: Moment) 
     prob_TE /= sum_T1
     lse_T = (best_TN[:, :1] + np.log(sum_T1))[:, 0]
     entropy_T = lse_T - np.einsum("te,te->t", prob_TE, logits_TE)
+    group_entropy_T = _group_entropy(prob_TE, s.groups)
     prob_TN = np.exp(best_TN - lse_T[:, None])
     weights_TN = prob_TN / prob_TN[:, :K].sum(1, keepdims=True)
     weights_TK = np.ascontiguousarray(weights_TN[:, :K])
@@ -175,6 +184,7 @@ def _layer(s: Spec, layer: int, settled: Settled, batch: Batch, moment: Moment) 
         entropy_sum_G=by_tag(entropy_T),
         top1_prob_sum_G=by_tag(prob_TN[:, 0]),
         zloss_sum_G=by_tag(lse_T**2),
+        group_entropy_sum_G=None if group_entropy_T is None else by_tag(group_entropy_T),
         top_k=K,
     )
     if s.rows:
@@ -183,6 +193,7 @@ def _layer(s: Spec, layer: int, settled: Settled, batch: Batch, moment: Moment) 
             expert_ids_NK=np.ascontiguousarray(ids_TK),
             weights_NK=weights_TK,
             entropy_N=entropy_T,
+            group_entropy_N=group_entropy_T,
             logits_NE=logits_TE if s.logits else None,
         )
     if K < E:
@@ -196,6 +207,15 @@ def _layer(s: Spec, layer: int, settled: Settled, batch: Batch, moment: Moment) 
     if room is not None:
         _drop(out, overflow(ids_TK, room), room, cell_TK, weights_TK, tag_T)
     return out
+
+
+def _group_entropy(prob_TE: Floats, groups: int | None) -> Floats | None:
+    """`[T]`: entropy of the probabilities' sums over groups, nats; None: there are none."""
+    if groups is None or groups == 1:
+        return None
+    q_Tg = prob_TE.reshape(len(prob_TE), groups, -1).sum(2)
+    out_T: Floats = -(q_Tg * np.log(q_Tg)).sum(1)  # a softmax: none is 0
+    return out_T
 
 
 def _drop(
@@ -213,6 +233,7 @@ def _drop(
     out.capacity = room
     out.processed_GE = out.routed_GE - over_GE
     out.overflowed_GE, out.dropped_GE = over_GE, over_GE
+    assert out.weight_sum_GE is not None  # a synthetic router has weights
     out.weight_sum_GE = out.weight_sum_GE - lost
     out.unserved_G = np.bincount(tag_T[over_TK.all(1)], minlength=G)
     if out.rows is not None:

@@ -140,6 +140,7 @@ def _meta(spec: Spec, rank: int) -> Meta:
         layers=[_card(spec, i) for i in range(spec.layers)],
         sampling="every sequence" if spec.rows else "none",
         tags=list(spec.shares),
+        keys=["pair", "variant"] if spec.pairs else [],
         attempts=[Attempt(0, START_NS)],
         versions={"numpy": np.__version__},
     )

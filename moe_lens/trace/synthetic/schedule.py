@@ -97,9 +97,14 @@ class Sequences:
             place = self._places(rng, g, (len(mine), S))
             token_id_BS[mine] = self.ids[g][place]
             surprise_BS[mine] = -np.log(probs)[place]
-        return Batch(
-            number, domain_B, sticky(rng, B, S, s.topics, s.stay), token_id_BS, surprise_BS
-        )
+        topic_BS = sticky(rng, B, S, s.topics, s.stay)
+        if s.pairs:
+            first, second = slice(0, None, 2), slice(1, None, 2)
+            order_S = np.append(reversed_blocks(s.length, s.pairs), np.arange(s.length, S))
+            domain_B[second] = domain_B[first]
+            for x_BS in (topic_BS, token_id_BS, surprise_BS):
+                x_BS[second] = x_BS[first][:, order_S]
+        return Batch(number, domain_B, topic_BS, token_id_BS, surprise_BS)
 
     def token_ids(self, rng: np.random.Generator, domain: int, n: int) -> NDArray[np.int32]:
         """`n` token ids of a domain."""
@@ -117,6 +122,11 @@ class Sequences:
     def loss_G(self) -> NDArray[np.float64]:
         """Mean loss of a domain: the entropy of its token ids, nats."""
         return np.array([float(-(p * np.log(p)).sum()) for p in self.probs])
+
+
+def reversed_blocks(length: int, blocks: int) -> NDArray[np.int64]:
+    """`[length]`: positions, cut into equal blocks, the last block first."""
+    return np.concatenate(np.split(np.arange(length), blocks)[::-1])
 
 
 def sticky(rng: np.random.Generator, B: int, S: int, topics: int, stay: float) -> NDArray[Any]:

@@ -100,6 +100,10 @@ class Spec:
     intermediate_size: int | None = 128
     groups: int | None = None
     """Groups of experts in the model card; a token may choose from all of them."""
+    pairs: int = 0
+    """Blocks: of every two sequences of a forward the second is the first again, its `length`
+    tokens cut into so many equal blocks in the reverse order (1: the same again). They share a
+    value of the key `pair`, with the variants a and b. 0: none."""
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -20,7 +21,8 @@ from support.replayed import write as write_replay
 from support.traces import segment, stream, write_run
 
 COMMANDS = ("demo", "record", "info", "report", "query", "recover", "dashboard", "diff",
-            "replay", "machine", "cache", "place", "analyze", "check")  # fmt: skip
+            "replay", "machine", "cache", "place", "analyze", "check", "export", "import",
+            "context", "counterfactual", "precision")  # fmt: skip
 
 
 def moe_lens(*words: object, **more: object) -> subprocess.CompletedProcess[str]:
@@ -37,16 +39,29 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def cpu_seconds_of(work: Callable[[], subprocess.CompletedProcess[str]]) -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = work()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def typer_alone() -> subprocess.CompletedProcess[str]:
+    """What typer loads for any subcommand, and Python: pydantic is the most of it."""
+    words = [sys.executable, "-c", "import typer._adapters, typer.main"]
+    return subprocess.run(words, capture_output=True, text=True)
+
+
 @pytest.mark.parametrize("command", [(), *((c,) for c in COMMANDS)])
 def test_help_is_quick_and_gives_an_example(command: tuple[str, ...]) -> None:
-    spent: list[float] = []
-    while len(spent) < 6 and min(spent, default=1) >= 0.5:  # others may have the caches
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = moe_lens(*command, "--help")
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        assert done.returncode == 0, done.stderr
-    assert min(spent) < 0.5
+    # In process CPU time, beside the least that could be: others may have the caches, or the core.
+    tries = []
+    while len(tries) < 6 and min(tries, default=9.0) >= 2.5:
+        least = cpu_seconds_of(typer_alone)
+        tries.append(cpu_seconds_of(lambda: moe_lens(*command, "--help")) / least)
+    assert min(tries) < 2.5
+    done = moe_lens(*command, "--help")
     assert "Example" in done.stdout or not command
     assert "moe-lens " + (command[0] if command else "demo") in done.stdout
     if not command:

@@ -10,6 +10,9 @@ from support.apptest import texts, tile, turned
 from support.sequences import write_sequences
 from support.traces import layer_info, write_run
 
+from moe_lens.metrics.constellation import by_beginning
+from moe_lens.numbers import percent
+from moe_lens.queries.context import conversations
 from moe_lens.queries.memory import memory
 from moe_lens.queries.session import open_trace
 from moe_lens.trace.layout import meta_path
@@ -20,6 +23,14 @@ pytestmark = pytest.mark.slow
 
 def menu(app: Any, label: str) -> Any:
     return next(s for s in app.selectbox if s.label == label)
+
+
+def foretold_title(run: Path, layer: int) -> str:
+    """Of the figure on beginnings: 4 of 8 experts, named by the longest beginning there is."""
+    with open_trace(run) as trace:
+        (of,) = conversations(trace, prefixes=(4, 8), after=4, layers=[layer])
+    row = by_beginning(of.foretold, 4).iloc[-1]
+    return f"The 4 experts that {row['tokens']:.0f} tokens chose most take {percent(row['prefix'])}"
 
 
 def relabelled(run: Path, **changes: Any) -> None:
@@ -57,7 +68,8 @@ def test_the_page_says_what_the_measurement_says(opened: Any, tmp_path: Path) ->
         for tag, part in found.conversations.groupby("tag"):
             assert rows.loc[tag, "sequences"] == len(part)
             assert rows.loc[tag, "touched"] == pytest.approx(part["touched"].mean())
-        assert len(app.get("plotly_chart")) == 4
+        assert len(app.get("plotly_chart")) == 5
+        assert foretold_title(run, layer) in texts(app)
 
 
 def test_forwards_and_the_phase(opened: Any, tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ import pytest
 from support.apptest import texts, tile, turned
 from support.traces import layer_info, meta, segment, write_run
 
+import moe_lens
 from moe_lens.trace.meta import write_meta
+from moe_lens.trace.synthetic import Spec, generate
 from moe_lens_dashboards.no_number import without
 
 pytestmark = pytest.mark.slow
@@ -31,6 +33,22 @@ def test_means_are_those_of_a_loop(opened: Any, tmp_path: Path) -> None:
     assert tile(app, "Top-1 probability") == f"{mean('top1_prob_sum'):.2f}"
     assert tile(app, "Logit scale") == f"{math.sqrt(mean('zloss_sum')):.2f}"
     assert tile(app, "Tokens not finite") == "0"
+
+
+def test_groups_stand_where_there_are_some(opened: Any, tmp_path: Path) -> None:
+    for name, groups in (("grouped", 4), ("plain", None)):
+        generate(tmp_path / name, Spec(experts=12, top_k=3, layers=2, steps=2, groups=groups))
+    app = turned(opened(tmp_path / "grouped"), "router")
+    assert not app.exception
+    assert "2 layers × 4 groups of 3: 2^7.78 sets of 3 experts within reach" in texts(app)
+    (shown,) = (x.value for x in app.dataframe if "token_group" in x.value)
+    with moe_lens.open(tmp_path / "grouped") as trace:
+        expected = trace.query("group_entropy", phase="train").df()
+    assert list(shown.token_group) == pytest.approx(list(expected.token_group))
+    assert list(shown.load_within) == pytest.approx(list(expected.load_within))
+    app = turned(opened(tmp_path / "plain"), "router")
+    assert not app.exception
+    assert "Groups of experts" not in texts(app)
 
 
 def test_a_router_without_logits_says_why(opened: Any, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:step:UserWarning")
 def known_routers(monkeypatch):
     """What a layer's first forward learns it looks at: here it is known already."""
 
-    def known(seen, router, experts):
+    def known(seen, router, experts, declared):
         if seen.logits_TE is None:
             return None
         return Semantics("softmax", "logits", lambda z, bias: z, True, True)

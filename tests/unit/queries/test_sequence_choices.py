@@ -18,6 +18,8 @@ from support.token_rows import EXPERTS, PHASES, TAGS, Knobs, World, decisions, g
 from moe_lens.queries import along
 from moe_lens.queries.session import open_trace
 from moe_lens.trace.meta import LayerInfo
+from moe_lens.trace.synthetic import Spec
+from moe_lens.trace.synthetic import generate as generate_trace
 
 KNOBS = st.builds(
     Knobs,
@@ -146,3 +148,17 @@ def test_the_layer_before_has_the_same_tokens_or_none() -> None:
     assert along.before(here, there, 5)["before_NK"].tolist() == [[0, -1], [1, 4]]
     assert along.before(there, here, 5) == {}
     assert along.before(here, there[:0], 5) == {}
+
+
+def test_only_the_sequences_that_are_named(tmp_path: Path) -> None:
+    """By rank and number, whole: number 1 is not number 10 or 11."""
+    generate_trace(tmp_path / "run", Spec(layers=1, sequences=6, length=4, steps=2, ranks=2))
+    with open_trace(tmp_path / "run") as trace:
+        every = trace.query("sequence_choices", most=None).df()
+        named = trace.query("sequence_choices", most=None, sequences="0:1,1:10").df()
+    where = list(zip(every["rank"], every["sequence"], strict=True))
+    wanted = every[[x in {(0, 1), (1, 10)} for x in where]]
+    assert len(wanted) == 8
+    columns = ["rank", "sequence", "position", "token_id"]
+    assert named[columns].to_numpy().tolist() == wanted[columns].to_numpy().tolist()
+    assert named["nth"].tolist() == list(range(8))

@@ -113,6 +113,19 @@ def test_it_has_the_facts_and_checks_of_the_terminal_report(written: Written) ->
         assert html.unescape(check) in printed
 
 
+def test_groups_and_shared_weights_are_among_the_facts(written: Written, tmp_path: Path) -> None:
+    assert not {"groups", "shared weights"} & set(facts(text_of(written.path)))
+    names = [f"0/{e}" for e in range(8)]
+    own, shared = layer_info(0, groups=4, top_groups=2), layer_info(1, identities=[*names])
+    path = write_run(tmp_path / "run").path
+    write_meta(path, meta(layers=[own, shared]))
+    found = facts(text_of(path))
+    # 2 of 8 experts always lie in 2 groups: the limit takes nothing
+    within = "2^4.81 sets of 2 experts within reach, of 2^4.81"
+    assert found["groups"] == f"1 layer × 4 groups of 2, a token's from 2 of them: {within}"
+    assert found["shared weights"] == "8 experts in 16 places of 2 layers"
+
+
 def test_the_layers_table_is_that_of_layer_balance(written: Written) -> None:
     text = text_of(written.path)
     table = re.search(r'<table class="layers">(.*?)</table>', text)

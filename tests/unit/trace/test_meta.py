@@ -36,6 +36,9 @@ def full() -> Meta:
         warnings={"something": 2},
         pruned={"routing": 100},
         versions={"torch": "2.10"},
+        imported="sglang: dump.pt",
+        steps="synthetic: one sequence at a time",
+        lacks={"weights": "SGLang records none"},
     )
 
 

@@ -22,6 +22,7 @@ from moe_lens.trace.writer import TraceWriter
 SUM = 2**-12 * 1.01  # the sums of `load` keep 11 mantissa bits of a float32
 BF16 = 2**-8
 RELATIVE = {"prob_sum": SUM, "weight_sum": SUM, "entropy": BF16, "margin": BF16, "logits": BF16}
+RELATIVE["group_entropy"] = BF16
 
 
 def routers() -> st.SearchStrategy[list[Router]]:
@@ -41,6 +42,7 @@ def routers() -> st.SearchStrategy[list[Router]]:
             margins=draw(st.booleans()),
             runners=draw(st.integers(0, 2)),
             logits=draw(st.booleans()),
+            expert_groups=draw(st.sampled_from([None, *(n for n in (2, 3) if experts % n == 0)])),
         )
 
     layers = st.sets(st.integers(0, 40), min_size=1, max_size=3)

@@ -67,13 +67,14 @@ def test_a_number_that_a_router_may_lack_can_be_null() -> None:
     nullable = {
         name: {c.name for c in table.columns if c.nullable} for name, table in TABLES.items()
     }
-    assert nullable["routers"] == {"entropy_sum", "margin_sum", "top1_prob_sum", "zloss_sum"}
+    sums = {"entropy_sum", "margin_sum", "top1_prob_sum", "zloss_sum", "group_entropy_sum"}
+    assert nullable["routers"] == sums
     assert {"prob_sum", "received"} <= nullable["load"]
-    optional = {"next_ids", "next_weights", "entropy", "margin", "dropped", "router_ids"}
-    assert nullable["routing"] == optional
+    optional = {"weights", "next_ids", "next_weights", "entropy", "margin", "dropped", "router_ids"}
+    assert nullable["routing"] == {*optional, "group_entropy"}
     counts = {"routed", "processed", "overflowed", "dropped", "rerouted_in", "padding"}
     assert not nullable["load"] & counts
-    assert nullable["steps"] == {"device_ns"}
+    assert nullable["steps"] == {"t_start_ns", "host_ns", "device_ns"}
 
 
 def test_the_users_keys_follow_the_columns_of_sequences_and_change_no_other_table() -> None:

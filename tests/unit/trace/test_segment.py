@@ -136,7 +136,7 @@ def test_encodings_and_statistics_are_those_of_the_format(every_table: Path) -> 
         (
             "routing",
             {"token", "expert_ids", "weights", "next_ids", "next_weights", "entropy", "margin"}
-            | {"router_ids"},
+            | {"router_ids", "group_entropy"},
         ),
         ("logits", {"token", "logits"}),
         ("outcomes", {"position", "loss"}),

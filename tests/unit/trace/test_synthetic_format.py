@@ -61,6 +61,7 @@ SPECS = {
     "one expert": Spec(experts=1, top_k=1, layers=1),
     "odd number": Spec(experts=37, top_k=5, ranks=2, drift=Drift((3,)), popularity="lognormal"),
     "counts alone": Spec(rows=False, ranks=2),
+    "groups": Spec(experts=12, top_k=3, groups=4),
 }
 
 
@@ -114,6 +115,14 @@ def test_rows_are_of_the_logits_that_decide(name: str) -> None:
             assert r.weights_NK[t] == pytest.approx([p[i] / chosen for i in order[:k]], rel=1e-3)
             entropy = -sum(x * math.log(x) for x in p if x > 0)
             assert r.entropy_N[t] == pytest.approx(entropy, abs=1e-3)
+            if spec.groups is None:
+                assert r.group_entropy_N is None
+            else:
+                of = e // spec.groups
+                sums = [sum(p[i : i + of]) for i in range(0, e, of)]
+                of_group = -sum(x * math.log(x) for x in sums)
+                assert r.group_entropy_N is not None
+                assert r.group_entropy_N[t] == pytest.approx(of_group, abs=1e-3)
             if k == e:
                 assert r.next_ids_NM is None and r.margin_N is None  # noqa: PT018
                 continue

@@ -117,6 +117,17 @@ def test_a_shared_window_ends_after_a_second(clock: Clock) -> None:
     assert out.expired()
 
 
+def test_forwards_of_unknown_time_share_a_window_up_to_a_number() -> None:
+    known = forward(layer(40, tokens=1))
+    unknown = forward(layer(40, tokens=1), t_start_ns=None)
+    for first, other in ((unknown, unknown), (unknown, known), (known, unknown)):
+        out = Window(0, 0, first)
+        for _ in range(windows.SHARED_FORWARDS):
+            assert out.takes(other)
+            out.add(other)
+        assert not out.takes(other)
+
+
 def test_tags_grow_inside_a_shared_window() -> None:
     first = seen([SMALL], tags=("code",), lengths=(2, 1), phase="decode")
     then = seen([SMALL], tags=("prose", "code"), lengths=(3, 2), phase="decode", seed=3)

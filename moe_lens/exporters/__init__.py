@@ -1,0 +1,1 @@
+"""Our traces in the formats of other tools: counts for placements, routing to replay."""

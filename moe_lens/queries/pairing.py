@@ -1,0 +1,175 @@
+"""Which sequences of a trace belong together, and which of their tokens are the same content.
+
+The table `sequences` says the first, in a column that the user declared or in its request ids;
+token ids say the second, or the user does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from moe_lens.errors import QueryError
+from moe_lens.lacking import not_there
+from moe_lens.metrics.alignment import Block, common_blocks
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from moe_lens.metrics.chance import Ints
+    from moe_lens.queries.info import RunInfo
+    from moe_lens.queries.session import Trace
+
+ALIGN = ("ids", "position", "end")
+Align = str | Mapping[str, Sequence[Sequence[int]]]
+
+HOW = (
+    "Declare it: moe_lens.record(..., keys=['pair', 'variant']) and rec.step(keys={'pair': [...], "
+    "'variant': [...]}); or name request ids: --requests first=second."
+)
+
+
+def named_pairs(
+    trace: Trace, run: RunInfo, key: str, variant: str, requests: Sequence[tuple[str, str]]
+) -> pd.DataFrame:
+    """Which sequences belong together: pair, rank and sequence of a and b, whether variants are."""
+    known = trace.table("sequences").df().drop_duplicates(["rank", "sequence"], keep="last")
+    known = known.sort_values(["rank", "sequence"])
+    groups = _by_request(known, requests) if requests else _by_key(known, run, key, variant)
+    named = [
+        {"pair": name, "rank_a": a["rank"], "sequence_a": a["sequence"],
+         "rank_b": b["rank"], "sequence_b": b["sequence"],
+         "same": variant in b and b[variant] is not None and b[variant] == a[variant]}
+        for name, (a, *rest) in groups for b in rest
+    ]  # fmt: skip
+    return pd.DataFrame(named)
+
+
+def _by_request(
+    known: pd.DataFrame, requests: Sequence[tuple[str, str]]
+) -> list[tuple[str, list[dict[str, Any]]]]:
+    rows = {str(x["request"]): x for x in known.to_dict("records") if x["request"] is not None}
+    for name in (x for pair in requests for x in pair):
+        if name not in rows:
+            raise QueryError(
+                f"No sequence with rows has the request id {name!r} ({len(rows)} have one)."
+            )
+    return [(f"{a}={b}", [_texts(rows[a]), _texts(rows[b])]) for a, b in requests]
+
+
+def _by_key(
+    known: pd.DataFrame, run: RunInfo, key: str, variant: str
+) -> list[tuple[str, list[dict[str, Any]]]]:
+    own = [x for x in known.columns if x not in _OURS]
+    if key not in own:
+        there = f" (it has {', '.join(own)})" if own else ""
+        how = f": {not_there(run, 'sequences')}." if run.imported else f". {HOW}"
+        raise QueryError(f"This trace has no pairs: no column {key!r} of `sequences`{there}{how}")
+    rows = known[known[key].notna()]
+    by = [variant, "rank", "sequence"] if variant in own else ["rank", "sequence"]
+    groups = [
+        (str(name), [_texts(x) for x in of.to_dict("records")])
+        for name, of in rows.sort_values(by).groupby(key) if len(of) > 1
+    ]  # fmt: skip
+    if not groups:
+        raise QueryError(
+            f"No two sequences with rows share a value of {key!r}: there is nothing to compare."
+            + ("" if run.imported else " Record with tokens=1.0, so that both of a pair are kept.")
+        )
+    return groups
+
+
+_OURS = frozenset(
+    ("run", "rank", "attempt", "sequence", "step", "forward", "tag", "request", "parent")
+)
+
+
+def _texts(row: dict[Any, Any]) -> dict[str, Any]:
+    return {str(k): None if v is None or v != v else v for k, v in row.items()}
+
+
+def groups(named: pd.DataFrame) -> list[tuple[int, tuple[int, int]]]:
+    """Numbers of pairs, the same for all of one value, and their sequences."""
+    number = named.groupby("pair", sort=False).ngroup()
+    return [
+        (int(n), (row[f"rank_{side}"], row[f"sequence_{side}"]))
+        for n, row in zip(number, named.to_dict("records"), strict=True) for side in "ab"
+    ]  # fmt: skip
+
+
+def aligned_positions(
+    run: RunInfo, named: pd.DataFrame, own: pd.DataFrame, align: Align
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Aligned positions of a stream, and what is said of each pair."""
+    if align == "ids" and own["token_id"].isna().any():
+        how = "record with moe_lens.record(..., token_ids=True), or declare another alignment"
+        why = not_there(run, "token ids", otherwise=f"{how}: --align position, end, or blocks")
+        raise QueryError(f"Pairs are aligned by token ids, and these rows have none: {why}.")
+    if not isinstance(align, str) and (unknown := sorted({*align} - {*named["pair"]})):
+        raise QueryError(f"Blocks are given of {unknown[0]!r}, which is no pair that is looked at.")
+    known = {
+        key: of.sort_values("position") for key, of in own.groupby(["rank", "sequence"])
+    }  # fmt: skip
+    nothing = own.iloc[:0]
+    parts_, said = [], []
+    for number, row in enumerate(named.to_dict("records")):
+        a, b = (known.get((row[f"rank_{x}"], row[f"sequence_{x}"]), nothing) for x in "ab")
+        blocks = _blocks(a, b, row["pair"], align)
+        whole = _is_whole(blocks, a, b) and (align == "ids" or row["same"])
+        position_a = _positions(blocks, "a")
+        parts_.append(pd.DataFrame({
+            "number": number, "pair": row["pair"], "same": whole,
+            "rank_a": row["rank_a"], "sequence_a": row["sequence_a"],
+            "rank_b": row["rank_b"], "sequence_b": row["sequence_b"],
+            "position": position_a, "position_b": _positions(blocks, "b"),
+            "distance": np.concatenate(
+                [np.full(x.size, -1) if x.a == x.b == 0 else np.arange(x.size) for x in blocks]
+                or [np.empty(0)]).astype(np.int64),
+        }))  # fmt: skip
+        said.append({**row, "same": whole, "tokens_a": len(a), "tokens_b": len(b),
+                     "aligned": len(position_a), "blocks": len(blocks)})  # fmt: skip
+    return pd.concat(parts_, ignore_index=True), pd.DataFrame(said)
+
+
+def _blocks(a: pd.DataFrame, b: pd.DataFrame, pair: str, align: Align) -> list[Block]:
+    end_a, end_b = (int(x["position"].max()) + 1 if len(x) else 0 for x in (a, b))
+    size = min(end_a, end_b)
+    if align == "position":
+        return [Block(0, 0, size)]
+    if align == "end":
+        return [Block(end_a - size, end_b - size, size)]
+    if align == "ids":
+        # Positions without a row are alike nowhere.
+        return common_blocks(_filled(a, end_a, -1), _filled(b, end_b, -2))
+    assert not isinstance(align, str)
+    made = []
+    for block in align.get(pair, ()):
+        if len(block) != 3 or min(block) < 0 or block[0] + block[2] > end_a or (
+            block[1] + block[2] > end_b
+        ):  # fmt: skip
+            raise QueryError(
+                f"The pair {pair!r} has {end_a} and {end_b} tokens; a block is [first position in "
+                f"the first, first in the second, tokens], got {list(block)}."
+            )
+        made.append(Block(*block))
+    return made
+
+
+def _filled(rows: pd.DataFrame, end: int, nothing: int) -> Ints:
+    out_N = np.full(end, nothing, np.int64)
+    out_N[rows["position"].to_numpy(np.int64)] = rows["token_id"].to_numpy(np.int64)
+    return out_N
+
+
+def _positions(blocks: list[Block], side: str) -> NDArray[np.int64]:
+    return np.concatenate(
+        [getattr(x, side) + np.arange(x.size) for x in blocks] or [np.empty(0)]
+    ).astype(np.int64)
+
+
+def _is_whole(blocks: list[Block], a: pd.DataFrame, b: pd.DataFrame) -> bool:
+    one = len(blocks) == 1 and blocks[0].a == blocks[0].b == 0
+    return one and blocks[0].size == len(a) == len(b) > 0
