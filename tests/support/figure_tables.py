@@ -142,7 +142,7 @@ def answers(
             used=100 - layer,
             at_least=120.5,
             chance=110.25,
-            possible=2.0 ** (10 * experts),
+            possible=2.0 ** min(10 * experts, 1000),
         )
         for i, tag in enumerate(tags):
             if layer == 0:
