@@ -1,19 +1,30 @@
-"""What do the rows say? Tables of experiments 1 and 2, with the author's numbers beside ours."""
+"""What do the rows say? Tables of experiments 1 and 2, with the author's numbers beside ours.
+
+Loads no torch: the dashboard reads the rows of a folder through it.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from moe_lens.granularity import published
-from moe_lens.granularity.presets import Plan
-from moe_lens.granularity.runs import Row
+
+if TYPE_CHECKING:
+    from moe_lens.granularity.runs import Row
 
 Record = dict[str, Any]
 
 
-def gap(plan: Plan, rows: Iterable[Row]) -> list[Record]:
+class Planned(Protocol):
+    """A plan, or what a folder says of one."""
+
+    @property
+    def preset(self) -> str: ...
+
+
+def gap(plan: Planned, rows: Iterable[Row]) -> list[Record]:
     """Experiment 1: students of equal active parameters, by teacher, the largest k first.
 
     Those with more or fewer than 2k experts stand in `sweeps`, where one with 2k is beside them. Of
@@ -31,7 +42,7 @@ def gap(plan: Plan, rows: Iterable[Row]) -> list[Record]:
     return sorted(found, key=lambda r: (r["teacher_top_k"], -r["top_k"]))
 
 
-def sweeps(plan: Plan, rows: Iterable[Row]) -> list[Record]:
+def sweeps(plan: Planned, rows: Iterable[Row]) -> list[Record]:
     """Experiment 2: students of the same k, wider or with more experts; factor 1 is in both.
 
     Returns:
@@ -53,7 +64,7 @@ def sweeps(plan: Plan, rows: Iterable[Row]) -> list[Record]:
     return sorted(found, key=lambda r: (r["swept"] != "width", r["top_k"], r["factor"]))
 
 
-def _best(plan: Plan, rows: Iterable[Row]) -> list[Row]:
+def _best(plan: Planned, rows: Iterable[Row]) -> list[Row]:
     """The row of the learning rate with the least error, of each teacher and student."""
     best: dict[tuple[object, ...], Row] = {}
     for row in rows:
@@ -63,13 +74,13 @@ def _best(plan: Plan, rows: Iterable[Row]) -> list[Row]:
     return list(best.values())
 
 
-def _error(plan: Plan, row: Row) -> float:
+def _error(plan: Planned, row: Row) -> float:
     """The paper reports the least error after an epoch; a training that diverged comes last."""
     error = row.nmse_min if plan.preset == "paper" else row.nmse
     return error if math.isfinite(error) else math.inf
 
 
-def _said(plan: Plan, row: Row) -> Record:
+def _said(plan: Planned, row: Row) -> Record:
     return {
         "teacher": row.teacher,
         "teacher_top_k": row.teacher_top_k,

@@ -50,6 +50,18 @@ class Laboratory:
     students: pd.DataFrame
 
     @property
+    def preset(self) -> str:
+        """The preset's name."""
+        return str(self.about["preset"])
+
+    def rows(self) -> list[Any]:
+        """The finished students in the order of the plan; `moe_lens.granularity.gap` takes them."""
+        order = {name: place for place, name in enumerate(self.about["students"])}
+        known = self.students[self.students["name"].isin(order)]
+        ordered = known.sort_values("name", key=lambda names: names.map(order))
+        return list(ordered.itertuples(index=False))
+
+    @property
     def missing(self) -> int:
         """Students that were not trained yet."""
         return len(set(self.about["students"]) - set(self.students["name"]))

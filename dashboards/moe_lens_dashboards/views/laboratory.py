@@ -12,6 +12,7 @@ from moe_lens.figures.granularity_gap import granularity_gap
 from moe_lens.figures.granularity_sweeps import granularity_sweeps
 from moe_lens.figures.input_regions import input_regions
 from moe_lens.figures.realised_sets import realised_sets
+from moe_lens.granularity.findings import Record, gap, sweeps
 from moe_lens.granularity.published import SOURCE
 from moe_lens.numbers import count
 from moe_lens.queries.laboratory import Laboratory, laboratory
@@ -22,7 +23,7 @@ from moe_lens_dashboards.components.run import OpenRun
 from moe_lens_dashboards.components.runs import labs
 from moe_lens_dashboards.components.show import chart
 from moe_lens_dashboards.components.words import plain
-from moe_lens_dashboards.laboratory import gap, region_table, sweeps
+from moe_lens_dashboards.laboratory import region_table
 
 _HELP = (
     "Layers that use few experts a token are taught what one that uses many does "
@@ -80,23 +81,18 @@ def _about(found: Laboratory) -> None:
 
 
 def _students(found: Laboratory) -> None:
-    equal, scaled = gap(found), sweeps(found)
+    rows = found.rows()
+    equal, scaled = gap(found, rows), sweeps(found, rows)
     left, right = st.columns(2)
     with left:
-        chart(granularity_gap(equal), key="gap")
+        chart(granularity_gap(pd.DataFrame(equal)), key="gap")
     with right:
-        chart(granularity_sweeps(scaled), key="sweeps")
-    every = pd.concat([equal, scaled[scaled["factor"] != 1]], ignore_index=True)
+        chart(granularity_sweeps(pd.DataFrame(scaled)), key="sweeps")
+    every = pd.DataFrame(
+        [row | {"larger": _larger(row)} for row in [*equal, *scaled] if row.get("factor") != 1]
+    )
     if every.empty:
         return
-    every["larger"] = [
-        "" if pd.isna(factor) else f"{factor:g}× {'width' if swept == 'width' else 'experts'}"
-        for swept, factor in zip(
-            every.get("swept", [None] * len(every)),
-            every.get("factor", [None] * len(every)),
-            strict=True,
-        )
-    ]
     shown = {
         "teacher": columns.text("teacher", help="16e8a: 16 experts, 8 of a token."),
         "student": columns.text("student"),
@@ -115,6 +111,10 @@ def _students(found: Laboratory) -> None:
     st.dataframe(every[list(shown)], hide_index=True, column_config=shown)
     if "published" in shown:
         st.caption(plain(f"The author's: {SOURCE}."))
+
+
+def _larger(row: Record) -> str:
+    return f"{row['factor']:g}× {row['swept']}" if "swept" in row else ""
 
 
 def _sets(found: Laboratory) -> None:

@@ -12,6 +12,7 @@ from support.laboratories import made_up
 from support.traces import write_run
 
 from moe_lens.errors import TraceError
+from moe_lens.granularity import findings
 from moe_lens.queries.laboratory import laboratories, laboratory
 
 
@@ -29,6 +30,18 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     assert set(expected) - set(record) == {"gate", "gate_bias_values"}
     assert len(found.table("pictures")) == 32
     assert found.table("regions")["regions"].tolist() == [18, 26, 24, 22]
+
+
+@pytest.mark.parametrize("preset", ["quick", "constant", "paper"])
+@pytest.mark.parametrize("finished", [None, 0, 5])
+def test_its_rows_make_the_tables_that_the_laboratory_made(
+    tmp_path: Path, preset: str, finished: int | None
+) -> None:
+    plan, rows = made_up(tmp_path, preset, finished=finished, seed=1)
+    found = laboratory(tmp_path)
+    assert findings.gap(found, found.rows()) == findings.gap(plan, rows)
+    assert findings.sweeps(found, found.rows()) == findings.sweeps(plan, rows)
+    assert len(found.rows()) == len(rows)
 
 
 def test_an_unfinished_one_says_how_many_are_missing(tmp_path: Path) -> None:
