@@ -76,7 +76,8 @@ dashboard: install  ## look at the runs in traces/ in a browser (RUN=traces/demo
 	$(BIN)/moe-lens dashboard $(or $(RUN),traces)
 
 screenshots: install chromium  ## pictures of every page on the demo's trace, into docs/images
-	PYTHONPATH=tests $(BIN)/python -m support.screenshots traces/demo docs/images
+	$(BIN)/moe-lens lab granularity --out traces/granularity
+	PYTHONPATH=tests $(BIN)/python -m support.screenshots traces/demo docs/images traces/granularity
 
 test: lint $(BROWSER)  ## lint, then every test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 import moe_lens
-from moe_lens.demo.batches import as_tokens, held_out_windows
+from moe_lens.demo.batches import held_out_batch
 from moe_lens.demo.corpus import load_corpus
 from moe_lens.demo.model import MoEConfig, MoELanguageModel
 from moe_lens.demo.train import Recipe, train
@@ -32,13 +32,7 @@ def loss(model, batch):
     return model(**batch).loss_BS
 
 
-windows = [(domain.tag, held_out_windows(domain, 4, 64)) for domain in corpus]
-text = torch.cat([as_tokens(rows) for _, rows in windows])
-batch = {
-    "input_ids": text[:, :-1].contiguous(),
-    "targets_BS": text[:, 1:].contiguous(),
-    "tags": [tag for tag, rows in windows for _ in rows],
-}
+batch = held_out_batch(corpus, windows=4, length=64)  # input_ids, targets_BS, tags
 
 # One question at a time: a change of the routing, and what it costs
 with moe_lens.intervene(model, loss=loss) as iv:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,8 +16,14 @@ from moe_lens.errors import CommandError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from moe_lens.demo.model import MoEConfig
+    from moe_lens.demo.corpus import Domain
+    from moe_lens.demo.model import MoEConfig, MoELanguageModel
     from moe_lens.demo.train import Progress
+
+WHAT_IF_WINDOWS = 2
+"""Of each domain, in which routing is changed: 1,024 tokens in all."""
+WHAT_IF_ROUTES = 64
+"""Of these tokens, those for which other routes are tried, one by one."""
 
 
 def demo(
@@ -35,6 +41,13 @@ def demo(
     ] = 20,
     seed: Annotated[int, typer.Option(help="Seed of the weights and of the text's order.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads that torch uses.", min=1)] = 2,
+    what_if: Annotated[
+        bool,
+        typer.Option(
+            "--what-if/--no-what-if",
+            help="Measure what each expert and other routes are worth, some 15 seconds.",
+        ),
+    ] = True,
     force: Annotated[
         bool, typer.Option("--force", help="Replace a trace that is already there.")
     ] = False,
@@ -89,8 +102,31 @@ def demo(
         bits["order 2"] = evaluate_baseline(corpus, order=2, length=length)
         bits["order 2, told the domain"] = evaluate_baseline_told(corpus, order=2, length=length)
         bits["order 1"] = evaluate_baseline(corpus, order=1, length=length)
+    if what_if:
+        _measure_routes(model, corpus, out, length)
     print_bits(console, bits)
     report([out])
+    if what_if:
+        console.print(f"\nWhat its experts are worth: moe-lens counterfactual {out}", soft_wrap=True)
+
+
+def _measure_routes(
+    model: MoELanguageModel, corpus: Sequence[Domain], out: Path, length: int
+) -> None:
+    """Change the routing of held-out text, into the trace: the page What if shows it."""
+    import moe_lens
+    from moe_lens.commands.parts_bar import progress_bar as parts_bar
+    from moe_lens.demo.batches import held_out_batch
+
+    with parts_bar("What if …") as on_progress:
+        moe_lens.counterfactual(
+            model,
+            [held_out_batch(corpus, WHAT_IF_WINDOWS, length)],
+            out,
+            loss=lambda asked, batch: asked(**batch).loss_BS,
+            regret_tokens=WHAT_IF_ROUTES,
+            on_progress=on_progress,
+        )
 
 
 def make_way(out: Path, force: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -49,6 +49,21 @@ def held_out_windows(domain: Domain, count: int, length: int) -> NDArray[np.uint
     starts = np.linspace(0, len(text) - length - 1, count).astype(np.int64)
     windows: NDArray[np.uint8] = text[starts[:, None] + np.arange(length + 1)]
     return windows
+
+
+def held_out_batch(corpus: Sequence[Domain], windows: int, length: int) -> dict[str, Any]:
+    """Windows of the held-out text of all domains, at most so many of each, as the model's call.
+
+    Returns:
+        input_ids and targets_BS, int64 [B, S]; tags: the domain of each row.
+    """
+    rows = [(domain.tag, held_out_windows(domain, windows, length)) for domain in corpus]
+    bytes_BS1 = torch.cat([as_tokens(of) for _, of in rows])
+    return {
+        "input_ids": bytes_BS1[:, :-1].contiguous(),
+        "targets_BS": bytes_BS1[:, 1:].contiguous(),
+        "tags": [tag for tag, of in rows for _ in of],
+    }
 
 
 def as_tokens(windows: NDArray[np.uint8]) -> torch.Tensor:

@@ -19,8 +19,10 @@ _LINES = {
     "chance": ("seen of a router that draws sets alike", {"line_dash": "dashdot"}),
     "possible": ("that the router can reach", {"line_dash": "dash"}),
 }
+_NARROW = 10
+"""Ratio of the largest to the least up to which an axis is linear: a log one might have no tick."""
 _WIDE = 1e5
-"""Ratio of the largest to the least from which powers of ten are ticks enough."""
+"""The same from which powers of ten are ticks enough."""
 
 
 def sets_by_layer(table: pd.DataFrame) -> go.Figure:
@@ -50,10 +52,11 @@ def sets_by_layer(table: pd.DataFrame) -> go.Figure:
             line(made, table["layer"], numbers(table, column), name, ",.4~g", **look)
     made.update_xaxes(title_text="layer")
     whole(made.layout.xaxis, len(table))
-    made.update_yaxes(title_text="sets of experts", type="log", tickformat=",~g")
+    made.update_yaxes(title_text="sets of experts", tickformat=",~g")
     drawn = np.concatenate([numbers(table, column) for column in _LINES])
-    if np.nanmax(drawn) < _WIDE * np.nanmin(drawn[drawn > 0]):
-        made.update_yaxes(dtick="D2")  # 1, 2 and 5 of each power of ten
+    apart = np.nanmax(drawn) / np.nanmin(drawn[drawn > 0])
+    if apart > _NARROW:
+        made.update_yaxes(type="log", dtick="D2" if apart < _WIDE else None)  # D2: 1, 2, 5, 10
     made.update_layout(
         hovermode="x unified", legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"}
     )

@@ -58,12 +58,13 @@ def realised(expert_ids_NK: Tensor, experts: int) -> Realised:
         times_M = richness.tally(np.bitwise_or.reduce(1 << ids_NK, axis=1))
     else:
         times_M = chosen_sets(ids_NK)
+    possible = reachable(experts, ids_NK.shape[1])
     return Realised(
         tokens=len(ids_NK),
         used=int(richness.distinct(times_M)),
         coverage=float(richness.coverage(times_M)),
-        at_least=float(richness.chao1(times_M)),
-        possible_bits=math.log2(reachable(experts, ids_NK.shape[1])),
+        at_least=min(float(richness.chao1(times_M)), possible),  # an estimate may go beyond
+        possible_bits=math.log2(possible),
     )
 
 

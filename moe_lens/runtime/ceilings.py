@@ -42,6 +42,12 @@ LOAD_S = 2.0
 MATRIX = {"cpu": 1024, "cuda": 8192}
 """Rows, columns and depth of the matrix product."""
 
+PLAIN_MATRIX = 256
+"""The same where a CPU has no quick path for a dtype: its loop is as fast for a small one."""
+
+PLAIN_FLOP_PER_S = 10e9
+"""A product of one thread that is slower than this is such a loop."""
+
 
 @dataclass(frozen=True)
 class Ceilings:
@@ -85,18 +91,16 @@ def measure(device: torch.device | str) -> Ceilings:
     """Measure a device. Takes several seconds: the best of `TRIES` tries counts."""
     device = torch.device(device)
     moved = _size(device)
-    size = MATRIX.get(device.type, MATRIX["cpu"])
-    products = {}
+    sizes, products = {}, {}
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        a = torch.randn(size, size, device=device).to(dtype)
-        b = torch.randn(size, size, device=device).to(dtype)
-        products[str(dtype)[6:]] = _product(a, b, torch.empty_like(a))
+        name, size = str(dtype)[6:], _side(dtype, device)
+        sizes[name], products[name] = size, _product(dtype, size, device)
     best = _best({**_moves(moved, device), **products}, device)
     driver, clocks = _under_load(products["bfloat16"], best["bfloat16"], device)
     return Ceilings(
         copy_bytes_per_s=2 * moved / best["copy"],
         read_bytes_per_s=moved / min(best["sum"], best["vector"]),
-        matmul_flop_per_s={name: 2 * size**3 / best[name] for name in products},
+        matmul_flop_per_s={name: 2 * size**3 / best[name] for name, size in sizes.items()},
         device=device.type,
         device_name=device_name(device),
         cores=_cores(),
@@ -159,8 +163,20 @@ def _moves(size: int, device: torch.device) -> dict[str, Work]:
     }
 
 
-def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> Work:
+def _product(dtype: torch.dtype, size: int, device: torch.device) -> Work:
+    """A product of two square matrices."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
     return lambda: torch.mm(a, b, out=out)
+
+
+def _side(dtype: torch.dtype, device: torch.device) -> int:
+    """Rows of a product that does not take seconds: float16 does on most CPUs."""
+    if device.type != "cpu":
+        return MATRIX.get(device.type, MATRIX["cpu"])
+    tried = {"product": _product(dtype, PLAIN_MATRIX, device)}
+    seconds = min(interleaved(tried, REPEATS, device)["product"])
+    return PLAIN_MATRIX if 2 * PLAIN_MATRIX**3 < PLAIN_FLOP_PER_S * seconds else MATRIX["cpu"]
 
 
 def _size(device: torch.device) -> int:

@@ -36,6 +36,10 @@ def test_the_command_trains_evaluates_and_reports(demo_output):
     assert by_phase["train"][0] == by_phase["train"][1] > 0
     health = moe_lens.open(run).query("capture_health").rows()
     assert sum(r["breaches"] for r in health) == 0
+    asked = moe_lens.open(run).query("expert_importance").df()
+    assert len(asked) == 4 * 16
+    assert asked["knock_out"].notna().all()
+    assert f"moe-lens counterfactual {run}" in text
 
 
 def test_experts_of_the_trained_model_specialise_by_domain(tmp_path):
@@ -47,6 +51,7 @@ def test_experts_of_the_trained_model_specialise_by_domain(tmp_path):
         "demo",
         "--steps",
         "60",
+        "--no-what-if",
         "--out",
         str(tmp_path / "run"),
     ]

@@ -12,14 +12,15 @@ from moe_lens_dashboards.pages import VIEWS
 WIDTH, HEIGHT, LONGEST = 1400, 900, 2400
 
 
-def main(run: Path, out: Path) -> None:
+def main(run: Path, out: Path, *beside: Path) -> None:
     """Write `dashboard-<page>.png` for every page.
 
     Args:
         run: Folder of a trace.
         out: Folder of the pictures.
+        beside: Folders that the dashboard is started on, too, as of a laboratory.
     """
-    with served(run) as address, browser() as chromium:
+    with served(run, *beside) as address, browser() as chromium:
         page = chromium.new_page(viewport={"width": WIDTH, "height": HEIGHT})
         page.set_default_timeout(90_000)
         for view in (v for v in VIEWS if v.only_with is None or v.only_with(str(run))):
@@ -40,4 +41,4 @@ def main(run: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(*map(Path, sys.argv[1:]))

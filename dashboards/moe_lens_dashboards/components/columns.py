@@ -22,6 +22,11 @@ def number(label: str, digits: int = 3, help: str | None = None) -> Any:
     return st.column_config.NumberColumn(label, format=f"%.{digits}f", help=help)
 
 
+def digits(label: str, help: str | None = None) -> Any:
+    """A number with three digits that say something, however small it is."""
+    return st.column_config.NumberColumn(label, format="%.3g", help=help)
+
+
 def cost(label: str, help: str | None = None) -> Any:
     """A change of a loss, with its sign."""
     return st.column_config.NumberColumn(label, format="%+.4f", help=help)

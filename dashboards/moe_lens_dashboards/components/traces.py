@@ -13,6 +13,7 @@ import streamlit as st
 
 from moe_lens.queries.info import RunInfo
 from moe_lens.queries.places import version
+from moe_lens.queries.result import Result
 from moe_lens.queries.session import Trace, open_trace
 
 SKIP_DAMAGED = "MOE_LENS_SKIP_DAMAGED"
@@ -76,7 +77,7 @@ def answer(path: str, question: str, parameters: Mapping[str, Any]) -> pd.DataFr
         QueryError: No such question, or a parameter it does not take.
     """
     trace, now = current(path)
-    return _answer(path, now, question, tuple(sorted(parameters.items())), trace)
+    return _answer(path, now, question, tuple(sorted(parameters.items())), trace).df()
 
 
 def info(path: str) -> RunInfo:
@@ -89,12 +90,13 @@ def info(path: str) -> RunInfo:
     return _info(path, now, trace)
 
 
-# Streamlit leaves arguments that begin with an underscore out of the key.
+# Streamlit leaves arguments that begin with an underscore out of the key, and pickles what is kept:
+# Arrow, since a data frame with lists of experts takes 20 times as long.
 @st.cache_data(max_entries=300, show_spinner=False)
 def _answer(
     path: str, now: str, question: str, parameters: tuple[tuple[str, Any], ...], _trace: Trace
-) -> pd.DataFrame:
-    return _trace.query(question, **dict(parameters)).df()
+) -> Result:
+    return _trace.query(question, **dict(parameters))
 
 
 @st.cache_data(max_entries=50, show_spinner=False)

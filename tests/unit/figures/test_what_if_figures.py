@@ -63,6 +63,9 @@ def test_the_sweep_leaves_the_runner_up_out_and_names_what_gains() -> None:
 
 
 def test_sets_are_titled_by_the_layer_furthest_below_chance() -> None:
-    made = sets_by_layer(answers(layers=3)["sets_by_layer"])
+    table = answers(layers=3)["sets_by_layer"]
+    made = sets_by_layer(table)
+    assert made.layout.yaxis.type == "log"
+    assert sets_by_layer(table.assign(possible=120)).layout.yaxis.type != "log"  # 98 to 120
     assert made.layout.title.text.startswith("500 tokens use 98 sets in layer 2, 88.9 % of")
     assert len(made.data) == 4

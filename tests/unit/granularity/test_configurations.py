@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from statistics import median
 
 import pytest
@@ -23,11 +24,17 @@ def test_sets_are_counted_whatever_their_order(experts: int) -> None:
     sets = [frozenset(row) for row in ids_NK.tolist()]
     assert found.used == len(set(sets)) < 3_000
     assert found.tokens == 3_000
-    once = sum(sets.count(s) == 1 for s in set(sets))
+    once = sum(n == 1 for n in Counter(sets).values())
     assert found.coverage == pytest.approx(1 - once / 3_000)
     assert found.possible_bits == pytest.approx(math.log2(math.comb(experts, 3)))
     assert found.share == pytest.approx(found.used / math.comb(experts, 3))
     assert found.at_least >= found.used
+
+
+def test_no_more_sets_are_in_use_than_there_are() -> None:
+    pairs = [[a, b] for a in range(4) for b in range(a)]
+    found = realised(torch.tensor([pairs[0], *pairs]), 4)  # five of six seen once: Chao says 11
+    assert (found.used, found.at_least) == (6, 6)
 
 
 @pytest.mark.parametrize(("hidden", "sets"), [(2, 24), (4, 428), (8, 3_874), (32, 12_067)])

@@ -101,13 +101,26 @@ def test_bytes_and_operations_are_counted(small, monkeypatch):
         return taken | {"vector": [2 * best]}
 
     monkeypatch.setattr(ceilings, "interleaved", in_half_a_second)
+    monkeypatch.setattr(ceilings, "_side", lambda dtype, _: 32 if dtype is torch.float16 else 64)
     monkeypatch.setattr(ceilings, "PAUSE_S", {"cpu": 7.0})
     monkeypatch.setattr(time, "sleep", pauses.append)
     found = ceilings.measure("cpu")
     assert found.copy_bytes_per_s == 2 * 2**20 / 0.5  # read and written
     assert found.read_bytes_per_s == 2**20 / 0.5  # the quicker of the two that read
     assert found.matmul_flop_per_s["float32"] == 2 * 64**3 / 0.5
+    assert found.matmul_flop_per_s["float16"] == 2 * 32**3 / 0.5
     assert pauses == [7.0] * 3
+
+
+def test_a_dtype_without_a_quick_path_gets_a_small_product(monkeypatch):
+    operations = 2 * ceilings.PLAIN_MATRIX**3
+    for flop_per_s, size in ((1e9, ceilings.PLAIN_MATRIX), (100e9, ceilings.MATRIX["cpu"])):
+        seconds = operations / flop_per_s
+        monkeypatch.setattr(
+            ceilings, "interleaved", lambda *_, s=seconds: {"product": [9.0, s, s * 1.1]}
+        )
+        assert ceilings._side(torch.float16, torch.device("cpu")) == size
+    assert ceilings._side(torch.float16, torch.device("cuda")) == ceilings.MATRIX["cuda"]
 
 
 def test_what_moves_memory_moves_as_much_as_is_counted(small):
