@@ -107,7 +107,9 @@ def demo(
     print_bits(console, bits)
     report([out])
     if what_if:
-        console.print(f"\nWhat its experts are worth: moe-lens counterfactual {out}", soft_wrap=True)
+        console.print(
+            f"\nWhat its experts are worth: moe-lens counterfactual {out}", soft_wrap=True
+        )
 
 
 def _measure_routes(

@@ -176,7 +176,8 @@ def _side(dtype: torch.dtype, device: torch.device) -> int:
         return MATRIX.get(device.type, MATRIX["cpu"])
     tried = {"product": _product(dtype, PLAIN_MATRIX, device)}
     seconds = min(interleaved(tried, REPEATS, device)["product"])
-    return PLAIN_MATRIX if 2 * PLAIN_MATRIX**3 < PLAIN_FLOP_PER_S * seconds else MATRIX["cpu"]
+    is_plain = 2 * PLAIN_MATRIX**3 / seconds < PLAIN_FLOP_PER_S
+    return PLAIN_MATRIX if is_plain else MATRIX["cpu"]
 
 
 def _size(device: torch.device) -> int:
