@@ -72,6 +72,12 @@ class _Layer:
         return math.nan if each is None or each.chance is None else each.chance.expected
 
     @property
+    def at_least(self) -> float:
+        """Chao's estimate of the sets in use, which may go beyond those that there are."""
+        used, estimate = self.value("distinct_sets"), self.value("chao1_sets")
+        return min(estimate, self.possible) if used <= self.possible else estimate
+
+    @property
     def possible(self) -> float:
         """Sets that the router can reach; no float holds more than 2^1023."""
         bits = self.value("reachable_bits")
@@ -132,7 +138,7 @@ def _sets(layers: list[_Layer]) -> pd.DataFrame:
             "layer": each.info.layer,
             "tokens": each.tokens,
             "used": each.value("distinct_sets"),
-            "at_least": each.value("chao1_sets"),
+            "at_least": each.at_least,
             "chance": each.by_chance,
             "possible": each.possible,
         }
@@ -155,7 +161,7 @@ def _table(layers: list[_Layer]) -> None:
             "used": each.value("distinct_sets"),
             "chance": each.by_chance,
             "coverage": each.value("set_coverage"),
-            "at_least": each.value("chao1_sets"),
+            "at_least": each.at_least,
             "effective": each.value("effective_sets"),
         }
         for each in layers
