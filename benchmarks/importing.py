@@ -7,6 +7,9 @@ CPU time of that process, its start and imports included, and its largest anonym
 (mapped files are the page cache's). Gates: at most 60 s of CPU for 10 million from each binary
 format; at most 0.15 GB more memory for twice as many, of any format.
 
+Requests decoded one at a time make a forward of every token, 213,000 of them, each with counts of
+its own (100 rows of `load`): "single tokens", at most 90 s.
+
 Formats that are text (Megatron's JSONL, moe-policylang's JSONL, llama.cpp's CSV) are measured
 beside them, without a gate of time. Counts alone (SGLang stat, TensorRT-LLM) are of as many
 token-layers, in passes of 8,192 tokens.
@@ -21,7 +24,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +48,7 @@ PROMPT, GENERATED = 768, 257
 CHILD = """
 import json, resource, sys, threading, time
 from pathlib import Path
+from moe_lens.importers.batching import Batching
 from moe_lens.importers.importing import import_trace
 from moe_lens.importers.source import Given
 
@@ -58,10 +62,11 @@ def watch():
     while not over.wait(0.005):
         peak = max(peak, anonymous())
 thread = threading.Thread(target=watch); thread.start()
-given = Given(**json.loads(sys.argv[4]))
-done = import_trace(sys.argv[1], sys.argv[2], format=sys.argv[3], given=given)
+given, batching = Given(**json.loads(sys.argv[4])), Batching(**json.loads(sys.argv[5]))
+done = import_trace(sys.argv[1], sys.argv[2], format=sys.argv[3], given=given, batching=batching)
 over.set(); thread.join()
-print(json.dumps({"cpu_s": time.process_time(), "peak": peak, "token_layers": done.token_layers}))
+took = {"cpu_s": time.process_time(), "peak": peak}
+print(json.dumps(took | {"token_layers": done.token_layers, "forwards": done.passes}))
 """
 
 Write = Callable[[Path, int], Path]
@@ -69,13 +74,19 @@ Write = Callable[[Path, int], Path]
 
 @dataclass(frozen=True)
 class Case:
-    """A format: how a file of so many token-layers is written, and what must be given."""
+    """A format: how a file of so many token-layers is written, and what must be given.
+
+    Attributes:
+        at_most: Seconds of CPU for 10 million token-layers; None: no gate.
+        given, batching: Arguments of `Given` and `Batching`.
+    """
 
     name: str
     format: str
     write: Write
-    binary: bool
+    at_most: float | None
     given: dict[str, Any]
+    batching: dict[str, int] = field(default_factory=dict)
 
 
 class Routing:
@@ -156,14 +167,19 @@ def vllm_arrays(path: Path, size: int) -> Path:
     return out
 
 
-def vllm_responses(path: Path, size: int) -> Path:
+def vllm_responses(path: Path, size: int, prompt_tokens: int = PROMPT) -> Path:
     out = path / "responses.jsonl"
-    prompt, answer = list(range(PROMPT)), list(range(GENERATED))
+    prompt, answer = list(range(prompt_tokens)), list(range(PROMPT + GENERATED - prompt_tokens))
     with out.open("w") as f:
         for i, ids_TLK in enumerate(ROUTING.requests(size)):
             served = vllm_answers.Served(prompt, [answer], name=f"r{i}", ids=[ids_TLK])
             f.write(json.dumps(served.completion()) + "\n")
     return out
+
+
+def vllm_decoding(path: Path, size: int) -> Path:
+    """Requests that are generated from their first token on."""
+    return vllm_responses(path, size, prompt_tokens=1)
 
 
 def tensorrt_llm(path: Path, size: int) -> Path:
@@ -223,14 +239,15 @@ def megatron(path: Path, size: int) -> Path:
 
 MODEL = {"experts": E, "top_k": K, "blocks": L}
 CASES = [
-    Case("SGLang per_token (.pt)", "sglang", sglang_per_token, True, {}),
-    Case("SGLang stat (.pt)", "sglang", sglang_stat, True, {"top_k": K}),
-    Case("SGLang responses (base64)", "sglang-responses", sglang_responses, True, MODEL),
-    Case("vLLM arrays (.npy)", "vllm", vllm_arrays, True, MODEL),
-    Case("vLLM responses (base64)", "vllm", vllm_responses, True, MODEL),
-    Case("TensorRT-LLM (safetensors)", "tensorrt-llm", tensorrt_llm, True, {}),
-    Case("moe-policylang (Parquet)", "moe-policylang", policylang, True, {"experts": E}),
-    Case("Megatron-Core (JSONL)", "megatron", megatron, False, {"experts": E}),
+    Case("SGLang per_token (.pt)", "sglang", sglang_per_token, 60, {}),
+    Case("SGLang stat (.pt)", "sglang", sglang_stat, 60, {"top_k": K}),
+    Case("SGLang responses (base64)", "sglang-responses", sglang_responses, 60, MODEL),
+    Case("vLLM arrays (.npy)", "vllm", vllm_arrays, 60, MODEL),
+    Case("vLLM responses (base64)", "vllm", vllm_responses, 60, MODEL),
+    Case("TensorRT-LLM (safetensors)", "tensorrt-llm", tensorrt_llm, 60, {}),
+    Case("moe-policylang (Parquet)", "moe-policylang", policylang, 60, {"experts": E}),
+    Case("vLLM responses, single tokens", "vllm", vllm_decoding, 90, MODEL, {"sequences": 1}),
+    Case("Megatron-Core (JSONL)", "megatron", megatron, None, {"experts": E}),
 ]
 
 
@@ -244,6 +261,7 @@ def run(case: Case, path: Path, size: int) -> dict[str, Any]:
         [
             sys.executable, "-c", CHILD,
             str(written), str(path / "run"), case.format, json.dumps(case.given),
+            json.dumps(case.batching),
         ],
         env=env, capture_output=True, text=True, check=False,
     )  # fmt: skip
@@ -282,8 +300,8 @@ def main() -> int:
         )
         if quick:
             continue
-        if case.binary:
-            report.gate(f"{case.name}: CPU s", whole["cpu_s"], at_most=60)
+        if case.at_most is not None:
+            report.gate(f"{case.name}: CPU s", whole["cpu_s"], at_most=case.at_most)
         more = (twice["peak"] - whole["peak"]) / 1e9
         report.gate(f"{case.name}: GB more for twice as many", more, at_most=0.15)
     table(["format", "token-layers", "file", "CPU s", "of twice", "memory", "of twice"], rows)

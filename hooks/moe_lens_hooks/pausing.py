@@ -6,6 +6,7 @@ that a forward is recorded whole or not at all.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -87,10 +88,11 @@ class SkippedForward(OpenForward):
         """This thread's forward is over; True: and so is this, for no other thread's is left."""
         mine = threading.get_ident()
         self.beside.discard(mine)
-        if self.thread != mine:
+        # Of a thread that is gone, nobody told that its forward is over.
+        alive = set(sys._current_frames())
+        if self.thread != mine and self.thread in alive:
             return False
-        if self.beside:  # of a thread that is gone, nobody told that its forward is over
-            self.beside &= {t.ident for t in threading.enumerate() if t.ident is not None}
+        self.beside &= alive
         if not self.beside:
             return True
         self.thread = self.beside.pop()

@@ -146,7 +146,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _refused(self) -> tuple[Any, ...] | None:
         """What is answered to a request that is not to be answered; None: it may be."""
         length = self.headers.get("Content-Length", "0")
-        sized = length.isascii() and length.isdigit() and "Transfer-Encoding" not in self.headers
+        sized = bool(re.fullmatch("[0-9]{1,18}", length))
+        sized &= "Transfer-Encoding" not in self.headers
         if sized:  # read, or closing would cut off the answer
             self.rfile.read(min(int(length), BODY_BYTES))
         hosts = self.headers.get_all("Host", [])

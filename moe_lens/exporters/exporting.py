@@ -42,7 +42,8 @@ from moe_lens.trace.whole import written_whole
 
 COUNTS = ("eplb", "sglang")
 ROUTING = ("npy", "vllm-responses", "sglang-responses")
-INDEX = "index.json"
+INDEX, ARRAYS = "index.json", "arrays"
+SINGLE = "have one position, and --without-last leaves it out"
 
 
 @dataclass
@@ -100,6 +101,8 @@ def export_trace(
         )
     if without_last and format in COUNTS:
         raise ExportRefused(f"--without-last is of sequences: {format} has counts alone.")
+    if blocks is not None and format in ("eplb", "npy"):
+        raise ExportRefused(f"--blocks is of engines' formats: {format} has MoE layers alone.")
     files = open_run(run)
     selection = selection or Selection()
     _check_out(out, format, force=force)
@@ -130,7 +133,7 @@ def _check_out(out: Path, format: str, *, force: bool) -> None:
         raise ExportRefused(f"{out} is there, and {format} is {what}: name another with --out.")
     if not force:
         raise ExportRefused(f"{out} is there already: replace it with --force.")
-    if out.is_dir() and any(out.iterdir()) and not (out / INDEX).is_file():
+    if out.is_dir() and {x.name for x in out.iterdir()} != {INDEX, ARRAYS}:
         raise ExportRefused(f"{out} is a folder of something else: name another with --out.")
 
 
@@ -194,17 +197,19 @@ def _counted(found: Iterator[Whole], done: Exported, *, without_last: bool) -> I
         if without_last:
             prompt = None if x.prompt_tokens is None else min(x.prompt_tokens, len(x.ids_TLK) - 1)
             x = Whole(x.rank, x.number, x.request, x.tag, prompt, x.ids_TLK[:-1])
-        if len(x.ids_TLK):
+        if not len(x.ids_TLK):
+            done.left_out.setdefault(SINGLE, []).append(x.name)
+        else:
             done.sequences += 1
             done.tokens += len(x.ids_TLK)
             yield x
 
 
 def _folder(found: Iterator[Whole], part: Path, sequences: Sequences) -> None:
-    (part / "arrays").mkdir(parents=True)
+    (part / ARRAYS).mkdir(parents=True)
     listed = []
     for x in found:
-        name = f"arrays/{x.rank}-{x.number:08d}.npy"
+        name = f"{ARRAYS}/{x.rank}-{x.number:08d}.npy"
         np.save(part / name, np.ascontiguousarray(x.ids_TLK))
         said = {"file": name, "rank": x.rank, "sequence": x.number, "request": x.request}
         said |= {"tag": x.tag, "tokens": len(x.ids_TLK), "prompt_tokens": x.prompt_tokens}

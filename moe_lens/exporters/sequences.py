@@ -64,7 +64,7 @@ class Sequences:
     """The sequences of a run.
 
     Attributes:
-        infos: The layers.
+        infos: The layers, of one stream.
         top_k: K.
         dtype: Of ids.
         left_out: Names by the reason why they are left out; complete after `read`.
@@ -102,7 +102,7 @@ class Sequences:
 
     def _of_rank(self, rank: int, scratch: Path) -> Iterator[Whole]:
         said = _named(self.files, rank)
-        tokens = _tokens(self.files, rank, self.selection, said)
+        tokens = _tokens(self.files, rank, self.infos[0].stream, self.selection, said)
         bounds = np.append(_beginnings(tokens.sequence_N), len(tokens.sequence_N))
         bad: dict[int, str] = {}
         for begin, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
@@ -179,6 +179,12 @@ def sequences_of(files: RunFiles, selection: Selection) -> Sequences:
                 f"{files.path}: rank {rank} has no layer {min(missing)} (pipeline stages?): no "
                 "rank knows all of a token's choices."
             )
+    streams = sorted({info.stream for info in infos})
+    if len(streams) > 1:
+        raise ExportRefused(
+            f"{files.path}: layers are of several streams ({', '.join(streams)}), which number "
+            "their tokens apart: export those of one at a time, with --layers."
+        )
     top_k = {info.top_k for info in infos}
     if len(top_k) > 1 or None in top_k:
         words = "a dynamic number" if None in top_k else f"{sorted(x for x in top_k if x)}"
@@ -241,10 +247,14 @@ class _Tokens:
 
 
 def _tokens(
-    files: RunFiles, rank: int, selection: Selection, said: dict[int, tuple[str | None, str]]
+    files: RunFiles,
+    rank: int,
+    stream: str,
+    selection: Selection,
+    said: dict[int, tuple[str | None, str]],
 ) -> _Tokens:
     names = ("step", "forward", "token", "sequence", "position")
-    only = (pc.field("stream") == "main") & ~pc.field("padding")
+    only = (pc.field("stream") == stream) & ~pc.field("padding")
     if (steps := selection.steps) is not None:
         only &= (pc.field("step") >= steps.start) & (pc.field("step") < steps.stop)
     found = tables.rows(files, "tokens", rank, names, only)

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_lens.errors import ImportRefused
+from moe_lens.importers.checks import check_text
 from moe_lens.importers.source import UNKNOWN_PHASE, Choices, Pass, Sequence, Tokens
 from moe_lens.trace.schema import UNTAGGED
 
@@ -110,7 +111,7 @@ class Batcher:
         Raises:
             ImportRefused: Its arrays do not fit each other.
         """
-        T = _length(sequence, len(self._layers))
+        T = check_sequence(sequence, len(self._layers))
         if T == 0:
             return
         if self._top_k not in (None, sequence.ids_TLK.shape[2]):
@@ -196,8 +197,12 @@ def _T(r: _Running) -> int:
     return len(r.of.ids_TLK)
 
 
-def _length(s: Sequence, layers: int) -> int:
-    """Its tokens, if all its arrays have as many."""
+def check_sequence(s: Sequence, layers: int) -> int:
+    """Its tokens, if it is a whole sequence of so many layers.
+
+    Raises:
+        ImportRefused: Its arrays do not fit each other, or what is said of it is no number or text.
+    """
     if s.ids_TLK.ndim != 3 or s.ids_TLK.shape[1] != layers:
         raise ImportRefused(
             f"{s.where}: an array of {s.ids_TLK.shape}, not of [tokens, {layers} layers, top-k]."
@@ -209,8 +214,14 @@ def _length(s: Sequence, layers: int) -> int:
         )
     if s.token_id_T is not None and len(s.token_id_T) != T:
         raise ImportRefused(f"{s.where}: {len(s.token_id_T)} token ids for {T} tokens.")
-    if s.prompt_tokens is not None and s.prompt_tokens < 0:
-        raise ImportRefused(f"{s.where}: a prompt of {s.prompt_tokens} tokens.")
+    # A live trace is given these by its user.
+    prompt = 0 if s.prompt_tokens is None else s.prompt_tokens
+    said: tuple[Any, ...] = (prompt, s.first_position)
+    for what, n in zip(("prompt", "first position"), said, strict=True):
+        if not isinstance(n, int | np.integer) or not 0 <= n <= (1 << 31) - T:
+            raise ImportRefused(f"{s.where}: a {what} of {n!r}, in a sequence of {T:,} tokens.")
+    check_text(s.request, "request's id", s.where)
+    check_text(s.tag, "tag", s.where)
     return T
 
 

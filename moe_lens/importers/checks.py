@@ -47,17 +47,17 @@ def check_ids(ids_LTK: Ids, outputs: int, *, dynamic: bool, layers: list[int], w
         return
     low, high = int(ids_LTK.min()), int(ids_LTK.max())
     if high >= outputs:
-        place = _first(ids_LTK >= outputs, layers)
+        place, odd = _first(ids_LTK, ids_LTK >= outputs, layers)
         raise ImportRefused(
-            f"{where}, {place}: expert {high} of {outputs}. If these are physical ids (replicas), "
+            f"{where}, {place}: expert {odd} of {outputs}. If these are physical ids (replicas), "
             "the file must bring its map to logical ones; else say --experts."
             if high < 4 * outputs
-            else f"{where}, {place}: expert {high} of {outputs}: this is no expert id."
+            else f"{where}, {place}: expert {odd} of {outputs}: this is no expert id."
         )
     if low < 0 and (low < -1 or not dynamic):
-        at = ids_LTK < (-1 if low < -1 else 0)
-        what = f"expert {low}" if low < -1 else "no expert (-1)"
-        raise ImportRefused(f"{where}, {_first(at, layers)}: {what}.")
+        place, odd = _first(ids_LTK, ids_LTK < (-1 if dynamic else 0), layers)
+        what = "no expert (-1)" if odd == -1 else f"expert {odd}"
+        raise ImportRefused(f"{where}, {place}: {what}.")
     if ids_LTK.shape[2] < 2:
         return
     sorted_LTK = np.sort(ids_LTK, axis=2)
@@ -83,7 +83,8 @@ def check_weights(weights_LTK: NDArray[np.float32], layers: list[int], where: st
     """
     bad_LTK = ~np.isfinite(weights_LTK)
     if bad_LTK.any():
-        raise ImportRefused(f"{where}, {_first(bad_LTK, layers)}: a gate weight is not finite.")
+        place, odd = _first(weights_LTK, bad_LTK, layers)
+        raise ImportRefused(f"{where}, {place}: a gate weight is not finite ({odd}).")
 
 
 class AlwaysFirst:
@@ -116,6 +117,25 @@ class AlwaysFirst:
                 )
 
 
-def _first(bad_LTK: NDArray[np.bool_], layers: list[int]) -> str:
-    row, t, _ = (int(x) for x in np.argwhere(bad_LTK)[0])
-    return f"layer {layers[row]}, token {t}"
+def check_text(text: object, what: str, where: str) -> None:
+    """Refuse what cannot be stored as UTF-8: half of a surrogate pair, which JSON may hold.
+
+    Raises:
+        ImportRefused: No text, or no whole one.
+    """
+    if text is None:
+        return
+    if not isinstance(text, str):
+        raise ImportRefused(f"{where}: the {what} is {text!r}, not text.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise ImportRefused(f"{where}: the {what} {text!r} is no whole text.") from e
+
+
+def _first(
+    found_LTK: NDArray[Any], bad_LTK: NDArray[np.bool_], layers: list[int]
+) -> tuple[str, Any]:
+    """Place and value of the first bad one."""
+    row, t, k = (int(x) for x in np.argwhere(bad_LTK)[0])
+    return f"layer {layers[row]}, token {t}", found_LTK[row, t, k]

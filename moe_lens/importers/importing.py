@@ -14,6 +14,7 @@ import numpy as np
 
 from moe_lens.errors import ImportRefused, TraceLocked, TraceWriteError
 from moe_lens.importers.batching import Batcher, Batching
+from moe_lens.importers.checks import check_text
 from moe_lens.importers.formats import format_named, format_of
 from moe_lens.importers.source import Counted, Given, Item, Pass, Rank, Sequence, Source
 from moe_lens.importers.writing import RankWriter
@@ -21,6 +22,9 @@ from moe_lens.trace.layout import ranks as ranks_of
 from moe_lens.trace.lock import RankLock
 from moe_lens.trace.meta import Attempt, LayerInfo, Meta
 from moe_lens.trace.schema import UNTAGGED
+
+MOST_EXPERTS = 1 << 20
+"""Of a layer: a number above is a damaged one, and counts of so many would fill the memory."""
 
 
 @dataclass
@@ -82,9 +86,12 @@ def import_trace(
     """
     path, out = Path(path), Path(out)
     given = given or Given()
+    check_text(given.tag, "tag", "--tag")
     check_out(out, force=force)
     if not path.exists():
         raise ImportRefused(f"{path} does not exist.")
+    if path.resolve().is_relative_to(out.resolve()):
+        raise ImportRefused(f"{path} lies in {out}, which would be replaced: name another folder.")
     name = format or format_of(path)
     source = format_named(name).open_source(path, given)
     _check_source(source, path)
@@ -162,6 +169,11 @@ def _check_source(source: Source, path: Path) -> None:
         raise ImportRefused(f"{path} has no layer with experts.")
     if [x.layer for x in source.layers] != list(range(len(source.layers))):
         raise AssertionError("a reader numbers its layers 0, 1, …")
+    for info in source.layers:
+        most = info.experts + info.zero_experts
+        if not 1 <= (most if info.top_k is None else info.top_k) <= most <= MOST_EXPERTS:
+            k = "any number" if info.top_k is None else f"top-{info.top_k}"
+            raise ImportRefused(f"{path}: {info.path}: {k} of {most} experts.")
     numbers = [x.rank for x in source.ranks]
     if twice := [n for n in numbers if numbers.count(n) > 1]:
         raise ImportRefused(f"{path}: two files are of rank {twice[0]}.")

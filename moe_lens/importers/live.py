@@ -35,7 +35,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from moe_lens.errors import ImportRefused, TraceWriteError
-from moe_lens.importers.batching import Batcher, Batching
+from moe_lens.importers.batching import Batcher, Batching, check_sequence
 from moe_lens.importers.blocks import blocks_of
 from moe_lens.importers.checks import as_ids, check_ids
 from moe_lens.importers.formats import _vllm_answers as vllm
@@ -59,7 +59,7 @@ LACKS = {
     "steps": "engines return routing request by request: the forwards that ran them are not known",
     "times": "engines return no time of a forward",
     "tokens of cached prefixes": "no expert ran for them: they are left out, where an answer says "
-    "how many they are",
+    "how many they are (vLLM's does not, where it has several choices: each has the whole prompt)",
 }
 
 Output = TypeVar("Output")
@@ -146,7 +146,7 @@ class LiveTrace:
         self._failed: Exception | None = None
         self._thread = threading.Thread(target=self._work, name="moe_lens live", daemon=True)
         self._thread.start()
-        atexit.register(self._at_exit)
+        atexit.register(self.close)
 
     def _begin(self, given: Given, batching: Batching, force: bool) -> RankWriter:
         if not force and self.run.is_dir() and ranks_of(self.run):
@@ -202,6 +202,7 @@ class LiveTrace:
                 goes on.
             TraceWriteError: The disk refused, now or earlier, or the trace is closed.
         """
+        self._check_process()
         try:
             found = self._read(output, f"request {request or self.sequences}", prompt_start)
             if request is not None:
@@ -241,6 +242,7 @@ class LiveTrace:
         Raises:
             ImportRefused, TraceWriteError: As `add`.
         """
+        self._check_process()
         where = f"request {request or self.sequences}"
         try:
             made = Sequence(
@@ -262,13 +264,21 @@ class LiveTrace:
         """Pass answers on, and take each on the way.
 
         One that is refused is passed on as well, with a warning (`RuntimeWarning`).
+
+        Raises:
+            TraceWriteError: As `add`; behind the answer that could not be written.
         """
         for output in outputs:
+            failed = None
             try:
                 self.add(output, tag=tag)
             except ImportRefused as e:
                 warnings.warn(f"not in the trace: {e}", RuntimeWarning, stacklevel=2)
+            except TraceWriteError as e:
+                failed = e
             yield output
+            if failed is not None:
+                raise failed
 
     def flush(self) -> None:
         """Return when all answers before would survive `kill -9`, and readers see them.
@@ -276,6 +286,7 @@ class LiveTrace:
         Raises:
             TraceWriteError: The disk refused, now or earlier, or the trace is closed.
         """
+        self._check_process()
         request = _Flush()
         self._hand(request)
         request.done.wait()
@@ -283,7 +294,7 @@ class LiveTrace:
             raise self._failed
 
     def close(self, error: BaseException | None = None) -> None:
-        """Write all, seal the trace. Again: does nothing.
+        """Write all, seal the trace. Again, or in a forked child: does nothing.
 
         Args:
             error: What ended the serving.
@@ -292,12 +303,14 @@ class LiveTrace:
             TraceWriteError: The disk refused, now or earlier.
             ImportRefused: A layer was never filled.
         """
+        if os.getpid() != self._pid:
+            return
         with self._changed:
             if self._closed:
                 return
             self._closed = self._closing = True
             self._changed.notify_all()
-        atexit.unregister(self._at_exit)
+        atexit.unregister(self.close)
         self._thread.join()
         self._writer.close(error or self._failed)
         if self._failed is not None:
@@ -314,9 +327,13 @@ class LiveTrace:
     ) -> None:
         self.close(error)
 
-    def _at_exit(self) -> None:
-        if os.getpid() == self._pid:  # a forked process has no thread to wait for
-            self.close()
+    def _check_process(self) -> None:
+        """Refuse a forked child: the thread that writes is not in it."""
+        if os.getpid() != self._pid:
+            raise TraceWriteError(
+                f"the live trace {self.run} is written by process {self._pid}, of which this one "
+                "was forked: open another one here."
+            )
 
     # -- one answer --------------------------------------------------------------------------------
 
@@ -342,22 +359,14 @@ class LiveTrace:
 
     def _checked(self, sequence: Sequence) -> Sequence:
         """A sequence that the writer will take, in arrays of its own."""
-        where, T = sequence.where, len(sequence.ids_TLK)
+        where = sequence.where
+        check_sequence(sequence, len(self._numbers))
         ids_LTK = as_ids(np.moveaxis(sequence.ids_TLK, 1, 0), where)
         check_ids(ids_LTK, self._blocks.experts, dynamic=False, layers=self._numbers, where=where)
-        token_id_T = sequence.token_id_T
-        if token_id_T is not None and token_id_T.shape != (T,):
-            raise ImportRefused(f"{where}: {token_id_T.shape} token ids for {T:,} tokens.")
-        for name, n in (
-            ("a prompt", sequence.prompt_tokens),
-            ("a first position", sequence.first_position),
-        ):
-            if n is not None and not 0 <= n < 1 << 31:
-                raise ImportRefused(f"{where}: {name} of {n}.")
         return replace(
             sequence,
             ids_TLK=sequence.ids_TLK.astype(self._ids_type),
-            token_id_T=token_id_T if self._token_ids else None,
+            token_id_T=sequence.token_id_T if self._token_ids else None,
         )
 
     def _refuse(self) -> None:
@@ -443,4 +452,5 @@ class LiveTrace:
 def _is_sglang(said: Mapping[str, Any]) -> bool:
     choices = said.get("choices")
     inside = choices if isinstance(choices, list) else []
-    return "sglext" in said or any("meta_info" in x for x in [said, *inside])
+    found = (x for x in [said, *inside] if isinstance(x, Mapping))
+    return "sglext" in said or any("meta_info" in x for x in found)

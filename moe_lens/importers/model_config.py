@@ -32,7 +32,7 @@ def from_config(path: Path) -> Given:
         said: Any = json.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise ImportRefused(f"{path} cannot be read: {e.strerror or e}.") from e
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ImportRefused(f"{path} is no JSON ({e}).") from e
     if not isinstance(said, dict):
         raise ImportRefused(f"{path} is no model configuration: it is a {type(said).__name__}.")
@@ -44,13 +44,13 @@ def from_config(path: Path) -> Given:
         raise ImportRefused(
             f"{path} says nothing of experts (none of {', '.join(_EXPERTS)}): is it this model's?"
         )
-    architectures = said.get("architectures") or text.get("architectures") or []
+    architectures = said.get("architectures") or text.get("architectures")
     return Given(
         experts=experts,
         top_k=_first(text, _TOP_K, path),
         dense_blocks=_dense_blocks(text, path),
         blocks=_number(text, "num_hidden_layers", path),
-        model=str(architectures[0]) if architectures else None,
+        model=str(architectures[0]) if isinstance(architectures, list) and architectures else None,
         hidden_size=_number(text, "hidden_size", path),
         intermediate_size=_first(text, _INTERMEDIATE, path),
     )
@@ -64,8 +64,11 @@ def _dense_blocks(text: dict[str, Any], path: Path) -> tuple[int, ...] | None:
     pattern = text.get("mlp_layer_types")
     if isinstance(pattern, list) and len(pattern) == blocks:
         return tuple(i for i, kind in enumerate(pattern) if kind != "sparse")
-    dense = set(text.get("mlp_only_layers") or ())
-    dense |= set(range(_number(text, "first_k_dense_replace", path) or 0))
+    named = text.get("mlp_only_layers") or []
+    if not isinstance(named, list) or not all(map(_is_int, named)):
+        raise ImportRefused(f"{path}: mlp_only_layers is {named!r}, not a list of blocks.")
+    dense = set(named)
+    dense |= set(range(min(_number(text, "first_k_dense_replace", path) or 0, blocks)))
     every = _number(text, "moe_layer_freq", path) if _is_int(text.get("moe_layer_freq")) else None
     if every and every > 1:
         dense |= {i for i in range(blocks) if i % every}

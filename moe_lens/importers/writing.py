@@ -1,13 +1,13 @@
 """Passes of another recorder, checked, into a rank of a trace.
 
-L layers of one kind, T tokens, K choices, V outputs of a router (experts, and those that compute
-nothing), G tags.
+T tokens of a pass, K choices, V outputs of a router (experts, and those that compute nothing).
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_lens.errors import ImportRefused
-from moe_lens.importers.checks import AlwaysFirst, Ids, as_ids, check_ids, check_weights
-from moe_lens.importers.confidence import confidence, sums
+from moe_lens.importers.checks import AlwaysFirst
+from moe_lens.importers.laying import (
+    beside,
+    counted_layers,
+    forward_of,
+    forward_of_passes,
+    has_outputs,
+    layer_counts,
+)
 from moe_lens.importers.source import Choices, Counted, Pass, Tokens
-from moe_lens.trace.events import Forward, LayerCounts, LayerRows, SequenceRow, TokenRows
+from moe_lens.trace.events import Forward, SequenceRow
 from moe_lens.trace.lock import RankLock
 from moe_lens.trace.meta import LayerInfo, Meta
 from moe_lens.trace.schema import MAX_TAGS, OTHER, UNTAGGED
+from moe_lens.trace.windows import SHARED_FORWARDS, fills
 from moe_lens.trace.writer import TraceWriter
 
 WAITING_BYTES = 64 << 20
@@ -31,6 +39,27 @@ MANY_TAGS = (
     f"more than {MAX_TAGS} tags: further ones are counted as '{OTHER}'; all of them are in the "
     "column `tag` of `sequences`"
 )
+
+
+@dataclass(slots=True)
+class _Taken:
+    """A pass that was looked at.
+
+    Attributes:
+        rows: Its tokens, padding included.
+        tokens, token_layers: Valid ones (of the layer that has most); their sum over layers.
+        kind: Passes of one kind are laid side by side; None: it stands alone.
+        tokens_L: Of `Counted`: tokens of each layer.
+        count_X: Of `Counted`: choices of each expert, all layers in a row.
+    """
+
+    item: Pass | Counted
+    rows: int
+    tokens: int
+    token_layers: int
+    kind: tuple[Any, ...] | None
+    tokens_L: list[int] = field(default_factory=list)
+    count_X: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
 class RankWriter:
@@ -55,6 +84,7 @@ class RankWriter:
         self._path = path
         self._untagged = tag
         self._layers = {info.layer: info for info in meta.layers}
+        self._routers = {(x.experts + x.zero_experts, x.top_k) for x in meta.layers}
         self._ran: set[int] | None = None
         self._last = (-1, -1)
         self._tags: list[str] = list(meta.tags)
@@ -62,6 +92,8 @@ class RankWriter:
         self._always = AlwaysFirst()
         self._weighted = False
         self._handed = 0
+        self._waiting: list[_Taken] = []
+        """Small passes of one kind, not handed over yet."""
         self._lock = RankLock(run, meta.rank)
         try:
             self._writer = TraceWriter(run, meta, queue_bytes=1 << 62)
@@ -70,37 +102,42 @@ class RankWriter:
             raise
 
     def put(self, item: Pass | Counted) -> None:
-        """Take the next pass.
+        """Take the next pass; a small one waits for others, with which it is written.
 
         Raises:
-            ImportRefused: It is no pass of these layers; says where.
+            ImportRefused: It, or one that waited, is no pass of these layers; says where.
             TraceWriteError: The disk refuses.
         """
         self._in_order(item)
-        forward = self._counted(item) if isinstance(item, Counted) else self._pass(item)
-        if forward is None:
+        if not self._ran:
+            return
+        where = self._where(item)
+        taken = self._counted(item, where) if isinstance(item, Counted) else self._pass(item, where)
+        if not taken.rows:
             return
         self.passes += 1
-        self.tokens += int(forward.tokens_G.sum())
-        self.token_layers += sum(x.tokens for x in forward.layers)
-        self.rows |= forward.sampled
-        self._handed += forward.row_bytes
-        self._writer.put(forward)
-        if self._handed > WAITING_BYTES:
-            self.flush()
+        self.tokens += taken.tokens
+        self.token_layers += taken.token_layers
+        self.rows |= isinstance(item, Pass)
+        if self._waiting and taken.kind != self._waiting[0].kind:
+            self._lay()
+        self._waiting.append(taken)
+        if taken.kind is None or len(self._waiting) == SHARED_FORWARDS:
+            self._lay()
 
     def edit(self, change: Callable[[Meta], object]) -> None:
-        """Change the meta file, in order with the passes."""
+        """Change the meta file; passes that wait are written later. Any thread may call it."""
         self._writer.edit(change)
 
     def flush(self) -> None:
         """Return when all before would survive `kill -9`.
 
         Raises:
+            ImportRefused: One that waited is no pass of these layers.
             TraceWriteError: The disk refuses.
         """
-        self._writer.flush()
-        self._handed = 0
+        self._lay()
+        self._flush()
 
     def close(self, error: BaseException | None = None) -> None:
         """Seal what was taken.
@@ -112,29 +149,65 @@ class RankWriter:
             ImportRefused: What was read was never filled, or breaks an invariant.
             TraceWriteError: The disk refuses.
         """
-
-        def end(meta: Meta) -> None:
-            meta.tags = list(self._tags)
-            meta.weights = meta.weights if self._weighted else "none"
-            meta.attempts[-1].ended_ns = time.time_ns()
-            meta.attempts[-1].end = "closed" if error is None else "failed"
-            meta.attempts[-1].error = None if error is None else f"{type(error).__name__}: {error}"
-
+        refused: ImportRefused | None = None
         try:
+            try:
+                self._lay()
+            except ImportRefused as e:
+                refused = e
+            end = error or refused
+
+            def ended(meta: Meta) -> None:
+                meta.tags = list(self._tags)
+                meta.weights = meta.weights if self._weighted else "none"
+                meta.attempts[-1].ended_ns = time.time_ns()
+                meta.attempts[-1].end = "closed" if end is None else "failed"
+                meta.attempts[-1].error = None if end is None else f"{type(end).__name__}: {end}"
+
             if self._writer.failed is None:
-                self._writer.edit(end)
+                self._writer.edit(ended)
             self._writer.close()
         finally:
             self._lock.release()
+        if refused is not None and (error is None or isinstance(error, ImportRefused)):
+            raise refused  # of two places that are refused, the first
         if error is None:
             self._always.check(self._path)
             if self._writer.breach_count:
                 raise ImportRefused(f"{self._path}: {self._writer.take_breaches()[0]}.")
 
+    # -- passes that wait ------------------------------------------------------------------------
+
+    def _lay(self) -> None:
+        """Hand what waits to the trace's writer, side by side."""
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
+            return
+        try:
+            self._hand(self._forward(waiting))
+        except ImportRefused:
+            if len(waiting) > 1:
+                for taken in waiting:  # which it is, is known of one alone
+                    self._hand(self._forward([taken]))
+            raise
+
+    def _hand(self, forward: Forward) -> None:
+        self._handed += forward.row_bytes
+        self._writer.put(forward)
+        if self._handed > WAITING_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._writer.flush()
+        self._handed = 0
+
     # -- one pass --------------------------------------------------------------------------------
 
+    def _where(self, item: Pass | Counted) -> str:
+        return f"{self._path}: {item.where}"
+
     def _in_order(self, item: Pass | Counted) -> None:
-        where = f"{self._path}: {item.where}"
+        where = self._where(item)
         if (item.step, item.forward) <= self._last:
             raise ImportRefused(
                 f"{where}: step {item.step}, forward {item.forward} after step {self._last[0]}, "
@@ -155,38 +228,36 @@ class RankWriter:
                 f"{where}: layer {min(more)} ran, which did not in the passes before."
             )
 
-    def _pass(self, item: Pass) -> Forward | None:
-        where = f"{self._path}: {item.where}"
+    def _pass(self, item: Pass, where: str) -> _Taken:
         T = _rows(item, where)
-        if T == 0:
-            return None
+        valid = T
         tokens = item.tokens
         if tokens is not None:
             _check_tokens(tokens, T, where)
-        tags, tag_T = self._tagged(tokens, T)
-        padding_T = tokens.padding_T if tokens is not None else None
-        valid_T = np.ones(T, bool) if padding_T is None else ~padding_T
-        out = Forward(
-            step=item.step,
-            forward=item.forward,
-            phase=item.phase,
-            t_start_ns=item.t_start_ns,
-            host_ns=item.host_ns,
-            tags=tags,
-            tokens_G=np.bincount(tag_T[valid_T], minlength=len(tags)),
-            sequences_G=_sequences(tokens, tag_T, valid_T, len(tags)),
-            padding_tokens=int((~valid_T).sum()),
-            sampled=True,
-            fires_expected=len(item.choices),
-            fires_seen=len(item.choices),
-        )
-        for group in self._kinds(item.choices):
-            out.layers += self._group(group, item.choices, tag_T, valid_T, len(tags), where)
-        out.layers.sort(key=lambda x: x.layer)
-        if tokens is not None:
-            out.tokens = [_token_rows(tokens, tag_T, valid_T)]
-            out.sequences = self._new_sequences(tokens)
-        return out
+            if tokens.padding_T is not None:
+                valid -= int(np.count_nonzero(tokens.padding_T))
+        kind = self._kind(item, valid) if T else None
+        return _Taken(item, T, valid, valid * len(item.choices), kind)
+
+    def _kind(self, item: Pass, valid: int) -> tuple[Any, ...] | None:
+        """What a pass must have in common with those it is laid beside; None: it stands alone.
+
+        Only those that share a window may be laid beside each other (`windows.stands_alone`), and
+        only those whose layers are all alike.
+        """
+        if item.phase == "train" or item.t_start_ns is not None:
+            return None
+        first = next(iter(item.choices.values()))
+        alike = _arrays(first)
+        if any(_arrays(x) != alike for x in item.choices.values()) or has_outputs(first):
+            return None
+        if first.weights_TK is not None and first.weights_TK.shape != first.ids_TK.shape:
+            return None
+        K = first.ids_TK.shape[1]
+        if any(top_k not in (None, K) or fills(valid, top_k, V) for V, top_k in self._routers):
+            return None
+        tokens = item.tokens
+        return (*alike, item.phase, tokens is None or tokens.token_id_T is None, tokens is None)
 
     def _kinds(self, choices: dict[int, Choices]) -> Iterator[list[LayerInfo]]:
         """Layers whose arrays can be looked at together."""
@@ -197,78 +268,34 @@ class RankWriter:
             kinds.setdefault((*kind, x.weights_TK is None), []).append(info)
         yield from kinds.values()
 
-    def _group(
-        self,
-        infos: list[LayerInfo],
-        choices: dict[int, Choices],
-        tag_T: NDArray[np.int64],
-        valid_T: NDArray[np.bool_],
-        G: int,
-        where: str,
-    ) -> Iterator[LayerCounts]:
-        """Counts and rows of layers of one kind, laid out in one array."""
-        numbers = [info.layer for info in infos]
-        of = [choices[layer] for layer in numbers]
-        V = infos[0].experts + infos[0].zero_experts
-        dynamic = infos[0].top_k is None
-        ids_LTK = np.stack([as_ids(x.ids_TK, where) for x in of])
-        check_ids(ids_LTK, V, dynamic=dynamic, layers=numbers, where=where)
-        chosen_LTK = ids_LTK >= 0 if dynamic else None
-        weights_LTK = None
-        if of[0].weights_TK is not None:
-            weights_LTK = np.stack([np.asarray(x.weights_TK, np.float32) for x in of])
-            if weights_LTK.shape != ids_LTK.shape:
-                raise ImportRefused(
-                    f"{where}, layer {numbers[0]}: weights of {weights_LTK.shape[1:]} for choices "
-                    f"of {ids_LTK.shape[1:]}."
-                )
-            check_weights(weights_LTK, numbers, where)
-            self._weighted = True
-        L, T, _ = ids_LTK.shape
-        cell_LTK = ids_LTK + (tag_T * V)[None, :, None]
-        cell_LTK += (np.arange(L) * (G * V))[:, None, None]
-        count_LGV = _count(cell_LTK, valid_T, chosen_LTK, None, L, G, V)
-        padding_LGV = None
-        if not valid_T.all():
-            padding_LGV = _count(cell_LTK, ~valid_T, chosen_LTK, None, L, G, V)
-        weight_LGV = None
-        if weights_LTK is not None:
-            weight_LGV = _count(cell_LTK, valid_T, chosen_LTK, weights_LTK, L, G, V)
-        tokens_G = np.bincount(tag_T[valid_T], minlength=G)
-        valid = int(tokens_G.sum())
-        token_T = np.arange(T, dtype=np.int32)
-        for i, (info, x) in enumerate(zip(infos, of, strict=True)):
-            self._always.see(info.layer, ids_LTK[i])
-            counts = LayerCounts(
-                layer=info.layer,
-                tokens=valid,
-                padding_tokens=T - valid,
-                tokens_G=tokens_G,
-                routed_GE=count_LGV[i],
-                processed_GE=count_LGV[i],
-                weight_sum_GE=None if weight_LGV is None else weight_LGV[i],
-                padding_GE=None if padding_LGV is None else padding_LGV[i],
-                top_k=info.top_k,
-            )
-            counts.rows = LayerRows(
-                token_N=token_T,
-                expert_ids_NK=ids_LTK[i],
-                weights_NK=None if weights_LTK is None else weights_LTK[i],
-                chosen_NK=None if chosen_LTK is None else chosen_LTK[i],
-            )
-            if x.logits_TE is not None or x.prob_TE is not None:
-                _check_outputs(x, T, V, f"{where}, layer {info.layer}")
-                _confide(counts, x, info, tag_T, valid_T, G)
-            yield counts
+    def _forward(self, taken: list[_Taken]) -> Forward:
+        """Passes of one kind as one event of the trace's writer."""
+        first = taken[0].item
+        if isinstance(first, Counted):
+            return self._forward_of_counts(taken)
+        passes = [x.item for x in taken if isinstance(x.item, Pass)]
+        named = [self._named(p.tokens) for p in passes]
+        tags = list(dict.fromkeys(tag for each in named for tag in each))
+        at_F = [[tags.index(tag) for tag in each] for each in named]
+        at = beside(passes, [x.rows for x in taken], tags, at_F, self._where(first))
+        out = forward_of_passes(at)
+        for infos in self._kinds(first.choices):
+            out.layers += layer_counts(infos, at)
+        out.layers.sort(key=lambda x: x.layer)
+        for x in out.layers:
+            assert x.rows is not None
+            self._weighted |= x.rows.weights_NK is not None
+            self._always.see(x.layer, x.rows.expert_ids_NK)
+        for part, p in zip(out.parts or [out], passes, strict=True):
+            if p.tokens is not None:
+                part.sequences = self._new_sequences(p.tokens)
+        return out
 
-    def _tagged(self, tokens: Tokens | None, T: int) -> tuple[list[str], NDArray[np.int64]]:
-        """The tags of a pass and the index of each token's; the 33rd of a run is `other`."""
+    def _named(self, tokens: Tokens | None) -> list[str]:
+        """The tags that the tokens of a pass may have; the 33rd of a run is `other`."""
         if tokens is None or tokens.tag_T is None:
-            return [self._admit(self._untagged)], np.zeros(T, np.int64)
-        admitted = [self._admit(t) for t in tokens.tags]
-        tags = list(dict.fromkeys(admitted))
-        at = np.array([tags.index(t) for t in admitted], np.int64)
-        return tags, at[tokens.tag_T]
+            return [self._admit(self._untagged)]
+        return [self._admit(t) for t in tokens.tags]
 
     def _admit(self, tag: str) -> str:
         if tag in self._tags:
@@ -293,65 +320,77 @@ class RankWriter:
 
     # -- counts alone ----------------------------------------------------------------------------
 
-    def _counted(self, item: Counted) -> Forward | None:
-        where = f"{self._path}: {item.where}"
-        tokens = {layer: self._tokens_of(layer, x, where) for layer, x in item.count_E.items()}
-        if not any(tokens.values()):
-            return None
-        most = max(tokens.values())
-        out = Forward(
-            step=item.step,
-            forward=item.forward,
-            phase=item.phase,
-            t_start_ns=None,
-            host_ns=None,
-            tags=[self._admit(self._untagged)],
-            tokens_G=np.array([most]),
-            sequences_G=np.array([0]),
-            fires_expected=len(tokens),
-            fires_seen=len(tokens),
-        )
-        for layer, n in sorted(tokens.items()):
-            count_GE = item.count_E[layer].astype(np.int64)[None, :]
-            out.layers.append(
-                LayerCounts(
-                    layer=layer,
-                    tokens=n,
-                    padding_tokens=0,
-                    tokens_G=np.array([n]),
-                    routed_GE=count_GE,
-                    processed_GE=count_GE,
-                    weight_sum_GE=None,
-                    top_k=self._layers[layer].top_k,
+    def _counted(self, item: Counted, where: str) -> _Taken:
+        infos = [self._layers[layer] for layer in item.count_E]
+        for info, count_E in zip(infos, item.count_E.values(), strict=True):
+            if info.top_k is None:
+                raise ImportRefused(
+                    f"{where}: counts alone do not say how many tokens: give --top-k."
                 )
-            )
+            if count_E.shape != (info.experts,):
+                raise ImportRefused(
+                    f"{where}, layer {info.layer}: counts of {count_E.shape}, not of "
+                    f"{info.experts} experts."
+                )
+        count_X = np.concatenate(list(item.count_E.values())).astype(np.int64)
+        tokens_L = _tokens_of(infos, count_X, where)
+        shares = item.phase != "train" and not any(
+            fills(n, info.top_k, info.experts) for n, info in zip(tokens_L, infos, strict=True)
+        )
+        kind = (item.phase, *item.count_E) if shares else None
+        most = max(tokens_L)
+        return _Taken(item, most, most, sum(tokens_L), kind, tokens_L, count_X)
+
+    def _forward_of_counts(self, taken: list[_Taken]) -> Forward:
+        items = [x.item for x in taken if isinstance(x.item, Counted)]
+        infos = [self._layers[layer] for layer in items[0].count_E]
+        ends = np.cumsum([info.experts for info in infos])
+        count_LFE = np.split(np.stack([x.count_X for x in taken]), ends[:-1], axis=1)
+        out = forward_of(items, np.array([x.tokens for x in taken]))
+        out.tags = [self._admit(self._untagged)]
+        out.layers += counted_layers(infos, np.array([x.tokens_L for x in taken]), count_LFE)
+        out.layers.sort(key=lambda x: x.layer)
         return out
 
-    def _tokens_of(self, layer: int, count_E: NDArray[Any], where: str) -> int:
-        info = self._layers[layer]
-        if info.top_k is None:
-            raise ImportRefused(f"{where}: counts alone do not say how many tokens: give --top-k.")
-        if count_E.shape != (info.experts,):
-            raise ImportRefused(
-                f"{where}, layer {layer}: counts of {count_E.shape}, not of {info.experts} experts."
-            )
-        if count_E.min(initial=0) < 0:
-            raise ImportRefused(
-                f"{where}, layer {layer}: expert {int(count_E.argmin())} has {count_E.min()} "
-                "tokens."
-            )
-        total = int(count_E.sum(dtype=np.int64))
-        if total % info.top_k:
-            raise ImportRefused(
-                f"{where}, layer {layer}: {total:,} choices are no multiple of top-{info.top_k}."
-            )
-        if int(count_E.max(initial=0)) > total // info.top_k:
-            raise ImportRefused(
-                f"{where}, layer {layer}: {total // info.top_k:,} tokens of top-{info.top_k}, but "
-                f"expert {int(count_E.argmax())} has {int(count_E.max()):,} of them: the top-k is "
-                "another."
-            )
-        return total // info.top_k
+
+def _arrays(x: Choices) -> tuple[Any, ...]:
+    """What the arrays of layers and passes must have in common to stand in one."""
+    weights = x.weights_TK
+    return (
+        x.ids_TK.dtype,
+        x.ids_TK.shape[1],
+        None if weights is None else weights.shape == x.ids_TK.shape,
+        x.logits_TE is None,
+        x.prob_TE is None,
+    )
+
+
+def _tokens_of(infos: list[LayerInfo], count_X: NDArray[np.int64], where: str) -> list[int]:
+    """Tokens of each layer, of the counts of all layers in a row."""
+    starts = np.cumsum([0, *(info.experts for info in infos[:-1])])
+    K_L = np.array([info.top_k for info in infos])
+    total_L = np.add.reduceat(count_X, starts)
+    least_L, most_L = np.minimum.reduceat(count_X, starts), np.maximum.reduceat(count_X, starts)
+    wrong_L = (least_L < 0) | (total_L % K_L != 0) | (most_L > total_L // K_L)
+    if wrong_L.any():
+        i = int(wrong_L.argmax())
+        count_E = count_X[starts[i] : starts[i] + infos[i].experts]
+        raise ImportRefused(f"{where}, layer {infos[i].layer}: {_odd(count_E, int(K_L[i]))}")
+    tokens: list[int] = (total_L // K_L).tolist()
+    return tokens
+
+
+def _odd(count_E: NDArray[np.int64], K: int) -> str:
+    """Why these are no counts of tokens that choose K experts each."""
+    total, least, most = int(count_E.sum()), int(count_E.argmin()), int(count_E.argmax())
+    if count_E[least] < 0:
+        return f"expert {least} has {count_E[least]} tokens."
+    if total % K:
+        return f"{total:,} choices are no multiple of top-{K}."
+    return (
+        f"{total // K:,} tokens of top-{K}, but expert {most} has {int(count_E[most]):,} of them: "
+        "the top-k is another."
+    )
 
 
 def _rows(item: Pass, where: str) -> int:
@@ -382,89 +421,3 @@ def _check_tokens(tokens: Tokens, T: int, where: str) -> None:
             raise ImportRefused(f"{where}: {len(x):,} {name} for {T:,} tokens.")
     if tokens.position_T.min(initial=0) < 0:
         raise ImportRefused(f"{where}: a position is {int(tokens.position_T.min())}.")
-
-
-def _check_outputs(x: Choices, T: int, V: int, where: str) -> None:
-    for name, array in (("logits", x.logits_TE), ("probabilities", x.prob_TE)):
-        if array is not None and array.shape != (T, V):
-            raise ImportRefused(f"{where}: {name} of {array.shape}, not of {(T, V)}.")
-
-
-def _count(
-    cell_LTK: Ids,
-    of_T: NDArray[np.bool_],
-    chosen_LTK: NDArray[np.bool_] | None,
-    weights_LTK: NDArray[np.float32] | None,
-    L: int,
-    G: int,
-    V: int,
-) -> NDArray[Any]:
-    """`[L, G, V]`: choices of some tokens, or the sums of their weights."""
-    at: Any = slice(None)
-    if chosen_LTK is not None:
-        at = chosen_LTK & of_T[None, :, None]
-    elif not of_T.all():
-        at = np.broadcast_to(of_T[None, :, None], cell_LTK.shape)
-    weights = None if weights_LTK is None else weights_LTK[at].ravel()
-    return np.bincount(cell_LTK[at].ravel(), weights, L * G * V).reshape(L, G, V)
-
-
-def _sequences(
-    tokens: Tokens | None, tag_T: NDArray[np.int64], valid_T: NDArray[np.bool_], G: int
-) -> NDArray[np.int64]:
-    """Sequences of each tag with a valid token; 0 where they are not known."""
-    if tokens is None:
-        return np.zeros(G, np.int64)
-    pairs = np.unique(np.stack([tag_T, tokens.sequence_T.astype(np.int64)])[:, valid_T], axis=1)
-    return np.bincount(pairs[0], minlength=G)
-
-
-def _token_rows(tokens: Tokens, tag_T: NDArray[np.int64], valid_T: NDArray[np.bool_]) -> TokenRows:
-    T = len(tag_T)
-    ids = tokens.token_id_T
-    return TokenRows(
-        stream="main",
-        token_N=np.arange(T, dtype=np.int32),
-        sequence_N=np.asarray(tokens.sequence_T, np.int64),
-        position_N=np.asarray(tokens.position_T, np.int32),
-        padding_N=~valid_T,
-        tag_N=tag_T.astype(np.int32),
-        # -1 becomes null: of this token the id is not known.
-        token_id_N=None if ids is None else np.ma.masked_less(np.asarray(ids, np.int32), 0),
-    )
-
-
-def _confide(
-    counts: LayerCounts,
-    x: Choices,
-    info: LayerInfo,
-    tag_T: NDArray[np.int64],
-    valid_T: NDArray[np.bool_],
-    G: int,
-) -> None:
-    """Add what logits or a distribution say."""
-    rows = counts.rows
-    assert rows is not None
-    said = confidence(x, rows.expert_ids_NK, info.score)
-    if x.logits_TE is not None:
-        rows.logits_NE = np.asarray(x.logits_TE, np.float32)
-        finite_T = np.isfinite(rows.logits_NE).all(1)
-        counts.nonfinite_G = np.bincount(tag_T[valid_T & ~finite_T], minlength=G)
-    if said.entropy_T is not None and said.prob_TV is not None:
-        rows.entropy_N = said.entropy_T.astype(np.float32)
-        V = said.prob_TV.shape[1]
-        prob_TV = np.where(np.isfinite(said.prob_TV), said.prob_TV, 0)
-        prob_GV = np.zeros((G, V))
-        np.add.at(prob_GV, tag_T[valid_T], prob_TV[valid_T])
-        counts.prob_sum_GE = prob_GV
-    if said.margin_T is not None:
-        rows.margin_N = said.margin_T.astype(np.float32)
-        rows.next_ids_NM = said.next_ids_T1
-    for name, values_T in (
-        ("entropy_sum_G", said.entropy_T),
-        ("top1_prob_sum_G", said.top1_T),
-        ("zloss_sum_G", said.zloss_T),
-        ("margin_sum_G", said.margin_T),
-    ):
-        at_valid = None if values_T is None else values_T[valid_T]
-        setattr(counts, name, sums(at_valid, tag_T[valid_T], G))

@@ -43,9 +43,31 @@ class LayerRows:
     dropped_NK: Bools | None = None
     """True: no expert computed this slot."""
     logits_NE: Floats | None = None
+    forward_N: Ids | None = None
+    """Index into the forward's `parts`; None: it has none."""
 
     def __len__(self) -> int:
         return len(self.token_N)
+
+
+@dataclass(slots=True)
+class Loads:
+    """What experts of a layer computed in single forwards."""
+
+    most: int
+    """Choices that one expert computed in one forward, at most."""
+    expert: int
+    """Which it was."""
+    touched: int
+    """Experts with any choice, summed over the forwards."""
+
+
+def loads(load_FE: Ints) -> Loads:
+    """Of F forwards; the first of several that are largest."""
+    if load_FE.size == 0:
+        return Loads(0, 0, 0)
+    forward, expert = divmod(int(load_FE.argmax()), load_FE.shape[1])
+    return Loads(int(load_FE[forward, expert]), expert, int(np.count_nonzero(load_FE)))
 
 
 @dataclass(slots=True)
@@ -96,6 +118,8 @@ class LayerCounts:
     """What capture itself found wrong, and for how many values."""
     notes: dict[str, int] = field(default_factory=dict)
     """What the library is known to do, and for how many tokens: warnings, not breaches."""
+    loads: Loads | None = None
+    """Of the forward's `parts`, one by one; None: it has none."""
     rows: LayerRows | None = None
 
 
@@ -111,6 +135,8 @@ class TokenRows:
     tag_N: Ids
     """Index into the forward's tags."""
     token_id_N: Ids | None = None
+    forward_N: Ids | None = None
+    """Index into the forward's `parts`; None: it has none."""
 
 
 @dataclass(slots=True)
@@ -127,7 +153,11 @@ class SequenceRow:
 
 @dataclass(slots=True)
 class Forward:
-    """One forward of the root module, with everything that was seen in it."""
+    """One forward of the root module, with everything that was seen in it.
+
+    Or several, laid side by side because each costs more than its few tokens: then `parts` are
+    they, and the rest is of all of them.
+    """
 
     step: int
     forward: int
@@ -148,6 +178,10 @@ class Forward:
     fires_seen: int = 0
     problems: dict[str, int] = field(default_factory=dict)
     lost_rows: int = 0
+    parts: list[Forward] = field(default_factory=list)
+    """Small forwards in order, one window's (`windows.stands_alone` of none), each with all but
+    tags, layers and tokens; counts are their sums, and rows theirs in this order. `step` and
+    `forward` are the first one's. Empty: this is one forward."""
     _row_bytes: int | None = None
 
     @property
@@ -170,7 +204,14 @@ class Forward:
 
         Sequences stay: each is handed over once, with the first of its forwards.
         """
-        self.lost_rows += sum(len(x.rows) for x in self.layers if x.rows is not None)
+        for x in self.layers:
+            if x.rows is None:
+                continue
+            self.lost_rows += len(x.rows)
+            if x.rows.forward_N is not None:
+                lost_F = np.bincount(x.rows.forward_N, minlength=len(self.parts)).tolist()
+                for part, n in zip(self.parts, lost_F, strict=True):
+                    part.lost_rows += n
         self.forget_rows()
 
     def forget_rows(self) -> None:

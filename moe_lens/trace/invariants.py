@@ -22,7 +22,9 @@ def check(forward: Forward) -> list[str]:
         )
     for layer in forward.layers:
         found += (f"layer {layer.layer}: {text}" for text in _layer(layer))
-    return [f"step {forward.step}, forward {forward.forward}: {text}" for text in found]
+    ends = [forward.parts[0], forward.parts[-1]] if forward.parts else [forward]
+    place = " to ".join(f"step {f.step}, forward {f.forward}" for f in ends)
+    return [f"{place}: {text}" for text in found]
 
 
 def _layer(x: LayerCounts) -> Iterator[str]:

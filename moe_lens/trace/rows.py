@@ -89,7 +89,7 @@ def _routing(forward: Forward, attempt: int, group: list[LayerCounts], *, exact:
     no_lists = pa.nulls(n, pa.list_(pa.int32()))
     return as_table(
         "routing",
-        _keys(forward, attempt, n)
+        _keys(forward, attempt, n, gather("forward_N"))
         | {
             "layer": np.repeat(np.array(layers, np.int32), rows),
             "token": gather("token_N"),
@@ -122,7 +122,7 @@ def logit_tables(forward: Forward, attempt: int) -> list[pa.Table]:
             "token": x.rows.token_N,
             "logits": lists(keep_mantissa(x.rows.logits_NE, BF16_BITS)),
         }
-        out.append(as_table("logits", _keys(forward, attempt, n) | columns))
+        out.append(as_table("logits", _keys(forward, attempt, n, x.rows.forward_N) | columns))
     return out
 
 
@@ -140,15 +140,18 @@ def token_tables(forward: Forward, attempt: int) -> list[pa.Table]:
             "tag": pa.array(forward.tags, pa.string()).take(pa.array(x.tag_N)),
             "token_id": pa.nulls(n, pa.int32()) if x.token_id_N is None else x.token_id_N,
         }
-        out.append(as_table("tokens", _keys(forward, attempt, n) | columns))
+        out.append(as_table("tokens", _keys(forward, attempt, n, x.forward_N) | columns))
     return out
 
 
 def sequence_table(forward: Forward, attempt: int, table: Table) -> pa.Table:
     """The rows of `sequences`, with the user's key columns."""
-    rows = forward.sequences
-    n = len(rows)
-    columns: dict[str, Any] = _keys(forward, attempt, n) | {
+    parts = forward.parts or [forward]
+    rows = [r for f in parts for r in f.sequences]
+    columns: dict[str, Any] = {
+        "attempt": [attempt] * len(rows),
+        "step": [f.step for f in parts for _ in f.sequences],
+        "forward": [f.forward for f in parts for _ in f.sequences],
         "sequence": [r.sequence for r in rows],
         "tag": [r.tag for r in rows],
         "request": [r.request for r in rows],
@@ -191,12 +194,15 @@ def outcome_table(outcomes: Outcomes, attempt: int) -> pa.Table:
     return as_table("outcomes", columns)
 
 
-def _keys(forward: Forward, attempt: int, n: int) -> dict[str, Any]:
-    return {
-        "attempt": np.full(n, attempt, np.int32),
-        "step": np.full(n, forward.step, np.int64),
-        "forward": np.full(n, forward.forward, np.int32),
-    }
+def _keys(forward: Forward, attempt: int, n: int, forward_N: NDArray[Any] | None) -> dict[str, Any]:
+    """Of `n` rows; `forward_N` says of which of the forward's parts each is."""
+    if forward_N is None:
+        step_N = np.full(n, forward.step, np.int64)
+        number_N = np.full(n, forward.forward, np.int32)
+    else:
+        step_N = np.array([f.step for f in forward.parts], np.int64)[forward_N]
+        number_N = np.array([f.forward for f in forward.parts], np.int32)[forward_N]
+    return {"attempt": np.full(n, attempt, np.int32), "step": step_N, "forward": number_N}
 
 
 def _optional(x_N: NDArray[Any] | None, n: int) -> pa.Array:

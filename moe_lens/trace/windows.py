@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_lens.trace.events import Doubles, Forward, Ints, LayerCounts, Losses
+from moe_lens.trace.events import Doubles, Forward, Ints, LayerCounts, Losses, loads
 
 SHARED_SECONDS = 1.0
 
@@ -26,10 +26,17 @@ _SUMMED = [f.name for f in fields(LayerCounts) if f.name.endswith(("_G", "_GE"))
 
 def stands_alone(forward: Forward) -> bool:
     """The counts of this forward must not be summed with those of another."""
+    if forward.parts:
+        return False
     return forward.phase == "train" or any(
-        x.capacity is not None or x.tokens * (x.top_k or 1) >= x.routed_GE.shape[1]
+        x.capacity is not None or fills(x.tokens, x.top_k, x.routed_GE.shape[1])
         for x in forward.layers
     )
+
+
+def fills(tokens: int, top_k: int | None, experts: int) -> bool:
+    """So many tokens make at least as many choices as a layer has experts."""
+    return tokens * (top_k or 1) >= experts
 
 
 NULL_WHEN_UNSEEN = {
@@ -47,15 +54,17 @@ class LayerSum:
         self.forwards = 0
         self.max_load = self.max_load_expert = self.touched = 0
 
-    def note(self, counts: LayerCounts) -> None:
-        load_E = counts.processed_GE.sum(0)
-        if counts.rerouted_in_GE is not None:
-            load_E = load_E + counts.rerouted_in_GE.sum(0)
-        top = int(load_E.argmax()) if len(load_E) else 0
-        if self.forwards == 0 or load_E[top] > self.max_load:
-            self.max_load, self.max_load_expert = int(load_E[top]), top
-        self.touched += int(np.count_nonzero(load_E))
-        self.forwards += 1
+    def note(self, counts: LayerCounts, forwards: int) -> None:
+        found = counts.loads
+        if found is None:
+            load_E = counts.processed_GE.sum(0)
+            if counts.rerouted_in_GE is not None:
+                load_E = load_E + counts.rerouted_in_GE.sum(0)
+            found = loads(load_E[None])
+        if self.forwards == 0 or found.most > self.max_load:
+            self.max_load, self.max_load_expert = found.most, found.expert
+        self.touched += found.touched
+        self.forwards += forwards
 
 
 class Window:
@@ -94,7 +103,7 @@ class Window:
         if self.alone or forward.phase != self.phase or stands_alone(forward):
             return False
         if forward.t_start_ns is None or self._t_start_ns is None:
-            return self._forwards < SHARED_FORWARDS
+            return self._forwards + (len(forward.parts) or 1) <= SHARED_FORWARDS
         return abs(forward.t_start_ns - self._t_start_ns) <= SHARED_SECONDS * 1e9
 
     def expired(self) -> bool:
@@ -102,7 +111,8 @@ class Window:
         return time.monotonic() - self._since > SHARED_SECONDS
 
     def add(self, forward: Forward) -> None:
-        self._forwards += 1
+        forwards = len(forward.parts) or 1
+        self._forwards += forwards
         at_G = self._index(forward.tags)
         self.tokens_G[at_G] += forward.tokens_G
         self.sequences_G[at_G] += forward.sequences_G
@@ -114,7 +124,7 @@ class Window:
                 own = x if self.alone else _copy(x)
                 spread(own, at_G, len(self.tags))
                 self._layers[x.layer] = LayerSum(own)
-            self._layers[x.layer].note(x)
+            self._layers[x.layer].note(x, forwards)
 
     def add_losses(self, losses: Losses) -> None:
         at_G = self._index(losses.tags)
@@ -162,7 +172,7 @@ def spread(x: LayerCounts, at_G: NDArray[np.int64], n: int) -> None:
 
 def _copy(x: LayerCounts) -> LayerCounts:
     arrays = {n: a.copy() for n in _SUMMED if (a := getattr(x, n)) is not None}
-    return replace(x, rows=None, **arrays)
+    return replace(x, rows=None, loads=None, **arrays)
 
 
 def _merge(into: LayerCounts, x: LayerCounts, at_G: NDArray[np.int64], n: int) -> None:
@@ -173,6 +183,8 @@ def _merge(into: LayerCounts, x: LayerCounts, at_G: NDArray[np.int64], n: int) -
     into.combine_ns = _known(into.combine_ns, x.combine_ns)
     for name in _SUMMED:
         old, new = getattr(into, name), getattr(x, name)
+        if new is None and old is None:
+            continue
         if (old is None or new is None) and name.rpartition("_")[0] in NULL_WHEN_UNSEEN:
             setattr(into, name, None)  # unknown for some of the forwards: unknown
             continue

@@ -30,6 +30,9 @@ QUEUE_BYTES = 256 << 20
 QUEUE_EVENTS = 4096
 """Events waiting above which the caller waits: counts are never given up."""
 
+LAID_WINDOWS = 64
+"""Closed windows that are laid out as rows at most at once: they take many times their memory."""
+
 TURN_SECONDS = 5.0
 """How often the writer looks at what is waiting. Forwards one at a time, each between two of a
 model that has the processor's caches to itself, would cost twice as much."""
@@ -259,12 +262,13 @@ class TraceWriter:
         self._window.add(forward)
         number = self._window.number
         add = out.setdefault
-        self._steps.append((forward, number, len(found)))
+        parts = forward.parts or [forward]
+        self._steps += [(f, number, 0 if i else len(found)) for i, f in enumerate(parts)]
         exact = self.meta.weights == "exact"
         add("routing", []).extend(rows.routing_tables(forward, self._attempt, exact=exact))
         add("logits", []).extend(rows.logit_tables(forward, self._attempt))
         add("tokens", []).extend(rows.token_tables(forward, self._attempt))
-        if forward.sequences:
+        if any(f.sequences for f in parts):
             table = self._store.tables["sequences"]
             add("sequences", []).append(rows.sequence_table(forward, self._attempt, table))
         forward.forget_rows()  # whoever still holds the forward wants its counts
@@ -294,6 +298,8 @@ class TraceWriter:
         self._last = self._window
         self._closed.append(self._window)
         self._window = None
+        if len(self._closed) >= LAID_WINDOWS:
+            self._append(out)
 
     def _append(self, out: dict[str, list[pa.Table]]) -> None:
         if self._closed:

@@ -90,7 +90,7 @@ def is_torn(line: bytes) -> bool:
         return False
     try:
         json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return True
     return False
 
@@ -114,7 +114,7 @@ def split(line: bytes, place: str) -> tuple[Header, bytes]:
         said = json.loads(line[:at].rstrip().rstrip(b",") + b"}")
         if not isinstance(said, dict):
             raise ValueError("it is no object")
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ImportRefused(f"{place}: it is no JSON record up to top_indices ({e}).") from e
     for name in _NUMBERS:
         if not _is_count(said.get(name)):
@@ -148,7 +148,7 @@ def choices(header: Header, text: bytes, place: str) -> Ints:
     """
     try:
         rows = json.loads(text.removeprefix(b":").removesuffix(b"}"))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ImportRefused(
             f"{place}: top_indices is no JSON list that ends the line ({e})."
         ) from e

@@ -49,6 +49,9 @@ WORDS = ("phase", "domain_tag", "language_tag")
 HEADER = ("num_layers", "num_experts", "top_k", "num_entries")
 """The first line of a JSON file has these, and `model_name`."""
 
+NOT_MADE = (pa.ArrowException, TypeError, OverflowError, UnicodeEncodeError)
+"""What Arrow raises over values of JSON that it cannot make a column of."""
+
 SOME = 32_768
 """Rows read at a time."""
 
@@ -185,11 +188,16 @@ class Table:
 
     def _lines(self) -> Iterator[dict[str, Any]]:
         names = [x for x in LINES if x in self.columns]
+        without = {LINES[x] for x in LISTS if x not in self.columns}
         with self.path.open("rb") as f:
             f.readline()
             number, some = 2, []
             for line in f:
-                some.append(self._json(line, f"line {number}"))
+                some.append(said := self._json(line, f"line {number}"))
+                if found := [x for x in sorted(without) if said.get(x) is not None]:
+                    raise ImportRefused(
+                        f"{self.path}: line {number} has {found[0]!r}, which line 2 has not."
+                    )
                 if len(some) == SOME // 4:
                     yield {name: [x.get(LINES[name]) for x in some] for name in names}
                     some = []
@@ -219,6 +227,10 @@ class Table:
         token_id_N = None
         if "token_id" in some:
             token_id_N = _numbers(some["token_id"], "token_id", where, null=MISSING)
+            odd_N = (token_id_N < MISSING) | (token_id_N >= 1 << 31)
+            if odd_N.any():
+                at = int(np.argmax(odd_N))
+                raise ImportRefused(f"{where(at)}: token_id is {token_id_N[at]}.")
         return Rows(
             first=first,
             prompt_N=prompt_N,
@@ -235,7 +247,7 @@ class Table:
     def _codes(self, column: Any, name: str, where: _Where) -> Ints:
         try:
             made = _array(column, pa.string())
-        except (pa.ArrowException, TypeError) as e:
+        except NOT_MADE as e:
             raise ImportRefused(f"{where(0)}: {name} is no text ({_line(e)}).") from e
         if not (pa.types.is_string(made.type) or pa.types.is_large_string(made.type)):
             raise ImportRefused(f"{where(0)}: {name} is {made.type}, not text.")
@@ -266,8 +278,11 @@ def _array(column: Any, kind: pa.DataType) -> pa.Array:
 def _numbers(column: Any, name: str, where: _Where, null: int | None = None) -> Ints:
     try:
         made = _array(column, None)
-    except (pa.ArrowException, TypeError, OverflowError):
-        at = next(i for i, x in enumerate(column) if type(x) is not int)
+    except NOT_MADE:
+        odd = (
+            i for i, x in enumerate(column) if not (_is_int(x) or (x is None and null is not None))
+        )
+        at = next(odd, 0)
         raise ImportRefused(f"{where(at)}: {name} is {column[at]!r}, not a number.") from None
     if pa.types.is_null(made.type) and null is not None:
         return np.full(len(made), null, np.int64)
@@ -282,8 +297,9 @@ def _numbers(column: Any, name: str, where: _Where, null: int | None = None) -> 
 def _lists(column: Any, name: str, kind: pa.DataType, where: _Where) -> Values:
     """A list a row, all of one length, `[N, length]`."""
     try:
-        made = _array(column, pa.list_(kind))
-    except (pa.ArrowException, TypeError, OverflowError):
+        # Told that they are integers, Arrow would cut a float to one.
+        made = _array(column, pa.list_(kind) if pa.types.is_floating(kind) else None)
+    except NOT_MADE:
         at = _odd(column, _is_float if pa.types.is_floating(kind) else _is_int)
         raise ImportRefused(
             f"{where(at)}: {name} is {_line(column[at])}, not a list of numbers."
@@ -323,7 +339,7 @@ def _odd(column: list[Any], good: Callable[[Any], bool]) -> int:
 
 
 def _is_int(x: object) -> bool:
-    return type(x) is int
+    return type(x) is int and -(1 << 63) <= x < 1 << 63
 
 
 def _is_float(x: object) -> bool:

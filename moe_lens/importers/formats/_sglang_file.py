@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_lens.errors import ImportRefused
-from moe_lens.importers.formats._torch_file import as_array
+from moe_lens.importers.formats._torch_file import as_array, shown
 from moe_lens.importers.source import Ints
 
 SLOTS = 8
@@ -120,6 +120,8 @@ def read_records(path: Path, found: dict[str, Any], *, allow_gaps: bool) -> tupl
     for i, raw in enumerate(records):
         record = _record(f"record {i}", path, raw, map_BP.shape, per_token)
         place = f"{path}: {record.where}"
+        if not _is_int(raw["rank"]) or raw["rank"] < 0:
+            raise ImportRefused(f"{place}: the rank is {shown(raw['rank'])}.")
         if raw["rank"] != rank and rank is not None:
             raise ImportRefused(f"{place} is of rank {raw['rank']}, the one before of rank {rank}.")
         rank = raw["rank"]
@@ -138,8 +140,6 @@ def read_records(path: Path, found: dict[str, Any], *, allow_gaps: bool) -> tupl
         read.append(record)
         # A pass's lists of Python numbers are eight times its arrays.
         records[i] = None
-    if not _is_int(rank) or int(rank or 0) < 0:
-        raise ImportRefused(f"{path}: record 0: the rank is {rank!r}.")
     return RankFile(path, int(rank or 0), map_BP, read), gaps
 
 
@@ -154,10 +154,9 @@ def _map(path: Path, raw: Any) -> NDArray[np.int64]:
     for block, of_P in enumerate(map_BP):
         logical = np.unique(of_P)
         if logical[0] < 0 or len(logical) != E:
-            lost = sorted(set(range(E)) - set(logical.tolist()))
-            what = (
-                f"expert {int(logical[0])}" if logical[0] < 0 else f"no place for expert {lost[0]}"
-            )
+            wrong = np.flatnonzero(logical != np.arange(len(logical)))  # E may be anything
+            lost = int(wrong[0]) if len(wrong) else len(logical)
+            what = f"expert {int(logical[0])}" if logical[0] < 0 else f"no place for expert {lost}"
             raise ImportRefused(f"{place}, block {block}: {what} of {E} logical experts.")
     return map_BP
 
@@ -175,10 +174,12 @@ def _record(where: str, path: Path, raw: Any, shape: tuple[int, ...], per_token:
                 f"{'per_token' if per_token else 'per_pass'}."
             )
     if raw["gatherer_key"] != "primary":
-        raise ImportRefused(f"{place}: gatherer_key is {raw['gatherer_key']!r}, not 'primary'.")
+        raise ImportRefused(
+            f"{place}: gatherer_key is {shown(raw['gatherer_key'])}, not 'primary'."
+        )
     number = raw["forward_pass_id"]
     if not _is_int(number) or number < 0:
-        raise ImportRefused(f"{place}: forward_pass_id is {number!r}.")
+        raise ImportRefused(f"{place}: forward_pass_id is {shown(number)}.")
     count_BP = as_array(raw["global_physical_count"], 2, f"{place}: global_physical_count")
     if count_BP.shape != shape:
         raise ImportRefused(
@@ -214,7 +215,7 @@ def _of_tokens(record: Record, place: str, raw: dict[str, Any]) -> Record:
     record.mode = raw["forward_mode"]
     if not _is_int(record.mode) or record.mode not in MODES:
         raise ImportRefused(
-            f"{place}: forward_mode is {record.mode!r}, not {MODES[0]} to {MODES[-1]}."
+            f"{place}: forward_mode is {shown(record.mode)}, not {MODES[0]} to {MODES[-1]}."
         )
     if raw["extend_seq_lens"] is not None:
         lengths = _numbers(raw["extend_seq_lens"], f"{place}: extend_seq_lens")

@@ -110,10 +110,11 @@ def _once_each(ranks: Ranks) -> list[RankFile]:
 def _check_complete(ranks: Ranks, given: Given) -> None:
     files = ranks.files
     have = [f.rank for f in files]
-    if lost := set(range(max(have))) - set(have):
+    if have != list(range(len(have))):
+        lost_rank = next(i for i, rank in enumerate(have) if rank != i)
         raise ImportRefused(
-            f"{files[0].path.parent}: there is no file of rank {min(lost)}, but one of rank "
-            f"{max(have)}: bring it, or import the ranks' files one by one."
+            f"{files[0].path.parent}: there is no file of rank {lost_rank}, but one of rank "
+            f"{have[-1]}: bring it, or import the ranks' files one by one."
         )
     every = sorted(set().union(*(f.numbers for f in files)))
     for file in files:

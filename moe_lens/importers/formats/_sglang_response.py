@@ -29,14 +29,14 @@ class Response:
 
     Attributes:
         where: Its place in the file, for errors.
-        request: Its id.
+        request: Its id; None: not there.
         ids: All ids, one after another.
         token_id_T: Vocabulary ids of prompt and completion; None: not there.
         cached: Tokens at its beginning that came out of the prefix cache: no expert ran for them.
     """
 
     where: str
-    request: str
+    request: str | None
     prompt_tokens: int
     completion_tokens: int
     ids: Ints
@@ -84,7 +84,7 @@ def _of_meta(meta: Any, where: str, path: Path, ids: tuple[Any, Any]) -> Respons
     completion = _count(meta, "completion_tokens", place)
     return Response(
         where,
-        str(meta.get("id") or ""),
+        _id(meta),
         prompt,
         completion,
         _decoded(meta.get("routed_experts"), place),
@@ -109,18 +109,18 @@ def _of_extension(
         raise ImportRefused(f"{place} has no 'usage': its tokens are not known.")
     prompt = _count(usage, "prompt_tokens", place)
     completion = _count(usage, "completion_tokens", place)
-    outputs = extension.get("output_ids") or [None]
-    first = choices[0]
+    first, outputs = choices[0], extension.get("output_ids")
+    of_first = outputs[0] if isinstance(outputs, list) and outputs else None
     prompt_ids = first.get("prompt_token_ids", extension.get("input_ids"))
-    output_ids = first.get("response_token_ids", first.get("token_ids", outputs[0]))
+    output_ids = first.get("response_token_ids", first.get("token_ids", of_first))
     return Response(
         where,
-        str(raw.get("id") or ""),
+        _id(raw),
         prompt,
         completion,
         _decoded(extension.get("routed_experts"), place),
         _token_ids(prompt_ids, output_ids, prompt, completion, place),
-        _cached(usage.get("prompt_tokens_details") or {}, prompt, place),
+        _cached(usage.get("prompt_tokens_details"), prompt, place),
     )
 
 
@@ -143,9 +143,13 @@ def _decoded(text: Any, place: str) -> Ints:
     return np.frombuffer(raw, "<i4")
 
 
-def _cached(said: dict[str, Any], prompt: int, place: str) -> int:
+def _id(said: dict[str, Any]) -> str | None:
+    return None if said.get("id") is None else str(said["id"])
+
+
+def _cached(said: Any, prompt: int, place: str) -> int:
     """Of each request SGLang counts them once, however often it had to begin it again."""
-    if said.get("cached_tokens") is None:
+    if not isinstance(said, dict) or said.get("cached_tokens") is None:
         return 0
     cached = _count(said, "cached_tokens", place)
     if cached > prompt:

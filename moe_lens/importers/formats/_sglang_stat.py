@@ -22,7 +22,7 @@ import numpy as np
 
 from moe_lens.errors import ImportRefused
 from moe_lens.importers.formats._sglang_layers import layers_of
-from moe_lens.importers.formats._torch_file import as_array
+from moe_lens.importers.formats._torch_file import as_array, shown
 from moe_lens.importers.source import UNKNOWN_PHASE, Counted, Given, Ints, Item, Rank, Source
 
 _LACKS = {
@@ -106,8 +106,9 @@ def _counts(path: Path, found: dict[str, Any]) -> Ints:
         raise ImportRefused(
             f"{path}: row {n}, block {b}, expert {e}: a count is {int(count_NBE[n, b, e])}."
         )
-    if found.get("rank") != 0:
-        raise ImportRefused(f"{path}: the rank is {found.get('rank')!r}; only rank 0 writes.")
+    rank = found.get("rank")
+    if not isinstance(rank, int) or rank != 0:
+        raise ImportRefused(f"{path}: the rank is {shown(rank)}; only rank 0 writes.")
     return count_NBE
 
 

@@ -18,6 +18,7 @@ import binascii
 import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,10 @@ SERVED = (
     "was the server started with --enable-return-routed-experts, and is this the whole answer "
     "(chunks of a stream have none)?"
 )
+
+
+DAMAGED = (ValueError, EOFError, MemoryError, OverflowError, TokenError)
+"""What numpy raises over an .npy file whose header or length is not what it was."""
 
 
 class NoRouting(ImportRefused):
@@ -115,7 +120,7 @@ def decoded(array: object, where: str) -> NDArray[Any]:
             raise ImportRefused(f"{where}: routed_experts is no base64 ({e}).") from e
         try:
             made: NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
-        except (ValueError, MemoryError, OverflowError) as e:
+        except DAMAGED as e:
             raise ImportRefused(f"{where}: routed_experts is no .npy file ({_line(e)}).") from e
         if left := len(file.read()):
             raise ImportRefused(f"{where}: {left} bytes follow the array of routed_experts.")
@@ -126,6 +131,8 @@ def decoded(array: object, where: str) -> NDArray[Any]:
             raise ImportRefused(f"{where}: routed_experts is no array ({_line(e)}).") from e
     if made.dtype.kind not in "iu":
         raise ImportRefused(f"{where}: expert ids are {made.dtype}, not integers.")
+    if not made.ndim:
+        raise ImportRefused(f"{where}: routed_experts is the number {made}, not an array.")
     return made
 
 
@@ -195,6 +202,7 @@ def _of_response(
     usage = body.get("usage")
     usage = usage if isinstance(usage, Mapping) else {}
     details = usage.get("prompt_tokens_details")
+    details = details if isinstance(details, Mapping) else {}
     one = len(choices) == 1
     # A chat has one prompt; a completion may have several, and its usage counts them together.
     of_all = usage.get("prompt_tokens") if one or "message" in choices[0:1][0] else None
@@ -216,9 +224,7 @@ def _of_response(
             output_ids=choice.get("token_ids"),
             start=start,
             # Several choices share a prompt, and each found another part of it in the cache.
-            cached=_count((details or {}).get("cached_tokens") or 0, "cached_tokens", where)
-            if one
-            else 0,
+            cached=_count(details.get("cached_tokens") or 0, "cached_tokens", where) if one else 0,
         )
         if made.array is not None or choice.get("finish_reason") != "abort":
             out.append(made)

@@ -169,13 +169,12 @@ def _ranks(path: Path, all_: list[Survey], given: Given, notes: Counter[str]) ->
     if not path.is_dir():
         return found
     numbers = [x.rank for x in found]
-    missing = sorted(set(range(max(numbers) + 1)) - set(numbers))
+    missing = 1 + max(numbers) - len(numbers)
     steps = {x.steps for x in found}
     if (missing or len(found) < len(all_)) and not given.allow_gaps:
         empty = [x.path.name for x in all_ if not x.layers]
-        what = (
-            f"{empty[0]} is empty" if empty else f"there is no router_trace_rank{missing[0]}.jsonl"
-        )
+        first = next((i for i, n in enumerate(numbers) if n != i), 0)
+        what = f"{empty[0]} is empty" if empty else f"there is no router_trace_rank{first}.jsonl"
         raise ImportRefused(f"{path}: {what}: take the other ranks with --allow-gaps.")
     if len(steps) > 1 and not given.allow_gaps:
         other = next(x for x in found if x.steps != found[0].steps)
@@ -184,7 +183,7 @@ def _ranks(path: Path, all_: list[Survey], given: Given, notes: Counter[str]) ->
             f"{found[0].rank} has {found[0].steps[0]} to {found[0].steps[1]}: take them as they "
             "are with --allow-gaps."
         )
-    notes["ranks are missing or recorded nothing"] += len(missing)
+    notes["ranks are missing or recorded nothing"] += missing
     notes["ranks do not have the same steps"] += len(steps) > 1
     return found
 

@@ -16,7 +16,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from moe_lens.errors import ImportRefused
 from moe_lens.importers.blocks import Blocks, blocks_of
@@ -122,7 +122,15 @@ def _blocks(given: Given, where: str) -> Blocks:
 
 
 def _sequences(path: Path, given: Given) -> Iterator[Item]:
+    seen: set[str] = set()
     for r in _responses(path):
+        if r.request is not None and r.request in seen:
+            raise ImportRefused(
+                f"{path}: {r.where}: request {r.request} for the second time: its tokens would be "
+                "counted twice."
+            )
+        if r.request is not None:
+            seen.add(r.request)
         yield sequence_of(r, given, path)
 
 
@@ -177,7 +185,7 @@ def _responses(path: Path) -> Iterator[Response]:
         ImportRefused: A part of it is no JSON, or no response with routed experts.
     """
     first = True
-    with path.open("rb") as f:
+    with _opened(path) as f:
         for number, line in enumerate(f, 1):
             if not line.strip():
                 continue
@@ -198,11 +206,19 @@ def _responses(path: Path) -> Iterator[Response]:
     yield from _whole(path)
 
 
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as e:
+        raise ImportRefused(f"{path} cannot be read: {e.strerror or e}.") from e
+
+
 def _whole(path: Path) -> Iterator[Response]:
     """The responses of a file that is one JSON over many lines."""
     try:
-        found = json.loads(path.read_bytes())
-    except ValueError as e:
+        with _opened(path) as f:
+            found = json.load(f)
+    except (ValueError, RecursionError) as e:
         raise ImportRefused(
             f"{path} is no whole JSON ({e}), and its first line is none either: torn?"
         ) from e
@@ -213,5 +229,5 @@ def _whole(path: Path) -> Iterator[Response]:
 def _parsed(line: bytes) -> Any:
     try:
         return json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None

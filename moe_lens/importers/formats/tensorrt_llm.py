@@ -23,6 +23,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from moe_lens.trace.meta import LayerInfo
 SAYS = "TensorRT-LLM ExpertStatistic: the folder with rank*.safetensors and meta_info.json"
 
 _FILE = re.compile(r"rank(\d+)\.safetensors")
-_KEY = re.compile(r"(0|[1-9]\d*)_(0|[1-9]\d*)")
+_KEY = re.compile(r"(0|[1-9]\d{0,17})_(0|[1-9]\d{0,17})")
 _META = "meta_info.json"
 _SLOTS = "a load balancer's slots were counted, and the files do not say which experts they hold"
 
@@ -148,7 +149,7 @@ def _meta(path: Path, given: Given) -> tuple[int, int]:
                 f"{path} cannot be read ({e.strerror or e}): rank 0 writes it; or give --experts "
                 "and --top-k."
             ) from e
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise ImportRefused(
                 f"{path} is no JSON ({e}): remove it and give --experts and --top-k."
             ) from e
@@ -196,7 +197,10 @@ def _survey(path: Path, rank: int, experts: int, given: Given) -> _File:
             match = _KEY.fullmatch(key)
             if match is None:
                 raise ImportRefused(f"{path}: key {key!r} is no iteration_layer: another file?")
-            count_E: Ints = file.get_tensor(key)
+            try:
+                count_E: Ints = file.get_tensor(key)
+            except TypeError as e:  # of a type that numpy has not, as bfloat16
+                raise ImportRefused(f"{path}: key {key!r} holds no integers ({e}).") from e
             if count_E.dtype.kind != "i" or count_E.shape != (experts,):
                 raise ImportRefused(
                     f"{path}: key {key!r} is {count_E.dtype} of {list(count_E.shape)}, not "
@@ -213,10 +217,10 @@ def _survey(path: Path, rank: int, experts: int, given: Given) -> _File:
         if missing := layers - ran:
             raise ImportRefused(f"{path}: iteration {step} has no layer {min(missing)}.")
     steps = sorted(has)
-    gaps = sorted(set(range(steps[0], steps[-1])) - set(steps))
-    if gaps and not given.allow_gaps:
+    gap = next((a + 1 for a, b in pairwise(steps) if b > a + 1), None)
+    if gap is not None and not given.allow_gaps:
         raise ImportRefused(
-            f"{path}: iteration {gaps[0]} is missing between {steps[0]} and {steps[-1]}: take what "
+            f"{path}: iteration {gap} is missing between {steps[0]} and {steps[-1]}: take what "
             "is there with --allow-gaps."
         )
     return _File(path, rank, tuple(sorted(layers)), tuple(steps), digest.digest())
@@ -243,17 +247,18 @@ def _check_ranks(path: Path, files: list[_File], given: Given, notes: Counter[st
                     "they are with --allow-gaps."
                 )
             notes["ranks do not have the same iterations"] = 1
-    missing = sorted(set(range(1 + files[-1].rank)) - {x.rank for x in files})
+    missing = 1 + files[-1].rank - len(files)
     unlike = len({len(x) for x in stages.values()}) > 1
     if (missing or unlike) and not given.allow_gaps:
         few = min(stages.values(), key=len)
+        first = next((i for i, x in enumerate(files) if x.rank != i), 0)
         what = (
-            f"rank{missing[0]}.safetensors is missing"
+            f"rank{first}.safetensors is missing"
             if missing
             else f"layer {few[0].layers[0]} has {len(few)} ranks, other layers have more"
         )
         raise ImportRefused(f"{path}: {what}: take the ranks that are there with --allow-gaps.")
-    notes["ranks are missing"] += max(len(missing), int(unlike))
+    notes["ranks are missing"] += max(missing, int(unlike))
     notes["iterations are missing between those that are there"] += sum(
         x.steps[-1] - x.steps[0] + 1 - len(x.steps) for x in files
     )

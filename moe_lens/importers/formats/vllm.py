@@ -44,7 +44,7 @@ LACKS = {
     "steps": "vLLM returns routing request by request: the forwards that ran them are not known",
     "times": "vLLM returns no time of a forward",
     "tokens of cached prefixes": "no expert ran for them: they are left out, where an answer says "
-    "how many they are",
+    "how many they are (vLLM's does not, where it has several choices: each has the whole prompt)",
 }
 LACKS_OF_ARRAYS = {
     "phases": "an array does not say which of its tokens are prompt",
@@ -161,7 +161,7 @@ def _array(path: Path, where: str) -> NDArray[Any]:
         found: NDArray[Any] = np.load(path, allow_pickle=False, mmap_mode="r" if mapped else None)
     except OSError as e:
         raise ImportRefused(f"{where} cannot be read: {e.strerror or e}.") from e
-    except (ValueError, EOFError, MemoryError) as e:
+    except answers.DAMAGED as e:
         reason = " ".join(str(e).split()) or type(e).__name__
         raise ImportRefused(f"{where} is no whole .npy file ({reason}).") from e
     return found

@@ -138,4 +138,6 @@ def test_nothing_is_overwritten_or_left_in_half(tmp_path: Path) -> None:
         export_trace(tmp_path / "run", out, "csv")
     with pytest.raises(ExportRefused, match="--without-last is of sequences"):
         export_trace(tmp_path / "run", out, "eplb", without_last=True)
+    with pytest.raises(ExportRefused, match="--blocks is of engines' formats: eplb has MoE layers"):
+        export_trace(tmp_path / "run", out, "eplb", blocks=9, force=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c.npy", "run"]

@@ -16,7 +16,7 @@ from support.side_by_side import E, K, Made
 
 from moe_lens.errors import ExportRefused
 from moe_lens.exporters import sequences
-from moe_lens.exporters.exporting import export_trace
+from moe_lens.exporters.exporting import SINGLE, export_trace
 from moe_lens.exporters.selection import Selection
 from moe_lens.importers.formats import sglang_responses, vllm
 from moe_lens.importers.source import Given, Sequence
@@ -63,8 +63,12 @@ def test_without_the_last_position(tmp_path: Path) -> None:
     done = export_trace(made.run, tmp_path / "out", "npy", without_last=True)
     assert {n: x.tolist() for n, x in arrays(tmp_path / "out").items()} == {
         0: made.truth[0][:-1].tolist()
-    }  # of one token nothing is left
+    }
     assert (done.sequences, done.tokens) == (1, 2)
+    assert done.left_out == {SINGLE: ["r/1"]}  # of one token nothing is left
+    index = json.loads((tmp_path / "out/index.json").read_text())
+    assert index["left_out"] == done.left_out
+    assert [x["prompt_tokens"] for x in index["sequences"]] == [2]
 
 
 def test_selected_by_tag_phase_and_steps(tmp_path: Path) -> None:
@@ -82,6 +86,30 @@ def test_selected_by_tag_phase_and_steps(tmp_path: Path) -> None:
     ):
         export_trace(made.run, tmp_path / "e", "npy", selection=Selection(phase="decode"))
     assert not (tmp_path / "e").exists()
+
+
+def test_layers_of_another_stream_have_its_tokens(tmp_path: Path) -> None:
+    """An encoder numbers its tokens apart: the same numbers are other tokens of the decoder."""
+    made = Made(tmp_path / "run").draw((4, 2), 0)
+    infos = made.infos()
+    infos[2].stream = "encoder"
+    made.changes = {"layers": infos}
+    for r in [dict(r) for r in made.rows["tokens"]]:
+        r |= {"stream": "encoder", "token": 5 - r["token"]}  # in another order
+        made.rows["tokens"].append(r)
+    for r in made.rows["routing"]:
+        r["token"] = 5 - r["token"] if r["layer"] == 2 else r["token"]
+    made.write()
+    for layers, taken in ((None, [0, 1]), (frozenset({2}), [2])):
+        out = tmp_path / str(taken)
+        export_trace(made.run, out, "npy", selection=Selection(layers=layers))
+        got = arrays(out)
+        assert {n: x.tolist() for n, x in got.items()} == {
+            n: x[:, taken].tolist() for n, x in made.truth.items()
+        }
+    both = Selection(layers=frozenset({0, 2}))
+    with pytest.raises(ExportRefused, match=r"several streams \(encoder, main\)"):
+        export_trace(made.run, tmp_path / "out", "npy", selection=both)
 
 
 def test_rejected_drafts_are_no_part_of_it(tmp_path: Path) -> None:
@@ -254,3 +282,7 @@ def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "mine/file").write_text("x")
     with pytest.raises(ExportRefused, match="is a folder of something else"):
         export_trace(made.run, tmp_path / "mine", "npy", force=True)
+    (out / "thesis.tex").write_text("x")  # beside an index of ours, or of whomever
+    with pytest.raises(ExportRefused, match="is a folder of something else"):
+        export_trace(made.run, out, "npy", force=True)
+    assert (out / "thesis.tex").exists()

@@ -233,6 +233,18 @@ def test_a_forward_that_raises_where_recording_begins_again(model, run):
     assert len(traced(run)) == 1
 
 
+def test_a_thread_that_ended_inside_a_forward_does_not_keep_recording_off(model, run):
+    with moe_lens.record(model, run, tokens=1.0, paused=True) as rec:
+        for _ in range(2):  # as compiled code that raised, in threads that are gone
+            thread = threading.Thread(target=rec._capture.enter_root, args=(0, {}))
+            thread.start()
+            thread.join()
+        rec.start()
+        model(IDS)
+    assert len(traced(run)) == 1
+    assert not frame(run, "steps").breaches.any()
+
+
 def test_a_resumed_trace_adds_what_was_not_recorded(model, run):
     for attempt in range(2):
         with moe_lens.record(model, run, tokens=1.0, resume=attempt > 0) as rec:

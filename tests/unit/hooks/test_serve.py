@@ -128,6 +128,7 @@ def test_start_stop_flush_status(model, run, rec, control):
         (405, "BREW", "/stop", {}),
         (400, "POST", "/stop", {"Content_Length": "-1"}),
         (400, "POST", "/stop", {"Content_Length": "many"}),
+        (400, "POST", "/stop", {"Content_Length": "9" * 5000}),
         (400, "POST", "/stop", {"Transfer_Encoding": "chunked"}),
     ],
 )

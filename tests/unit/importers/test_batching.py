@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.routed import L, requests
+from support.routed import L, choices, requests
 
 from moe_lens.errors import ImportRefused
 from moe_lens.importers import batching
@@ -93,6 +95,23 @@ def test_one_that_ends_makes_room_for_the_next() -> None:
     ]  # fmt: skip
 
 
+def test_tokens_in_memory_are_bounded_however_many_places_are_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(batching, "IN_FLIGHT", 20)
+    batcher = Batcher(Batching(tokens=100, sequences=100), list(range(L)))
+    (like,) = requests(1, most=9)
+    like = replace(like, ids_TLK=choices(8, 0), prompt_tokens=4, weights_TLK=None, token_id_T=None)
+    given = taken = 0
+    for _ in range(12):
+        given += 8
+        for made in batcher.add(like):
+            assert made.tokens is not None
+            taken += len(made.tokens.sequence_T)
+            assert len(set(made.tokens.sequence_T.tolist())) <= 2  # a third has no room beside them
+        assert given - taken < 20 + 8
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
@@ -100,7 +119,12 @@ def test_one_that_ends_makes_room_for_the_next() -> None:
         ({"ids_TLK": np.zeros((3, 2, 3), np.int32)}, r"not of \[tokens, 4 layers, top-k\]"),
         ({"weights_TLK": np.zeros((1, L, 2), np.float32)}, r"request 0: weights of \(1, 4, 2\)"),
         ({"token_id_T": np.zeros(70, np.int32)}, "request 0: 70 token ids for"),
-        ({"prompt_tokens": -1}, "request 0: a prompt of -1 tokens"),
+        ({"prompt_tokens": 1.5}, "request 0: a prompt of 1.5"),
+        ({"first_position": (1 << 31) - 1}, "request 0: a first position of 2147483647"),
+        ({"request": 5}, "request 0: the request's id is 5, not text"),
+        ({"request": "\ud800"}, "request 0: the request's id .* is no whole text"),
+        ({"tag": "\ud800"}, "request 0: the tag .* is no whole text"),
+        ({"prompt_tokens": -1}, "request 0: a prompt of -1, in a sequence of 8 tokens"),
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(change: dict[str, object], text: str) -> None:

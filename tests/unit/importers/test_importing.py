@@ -234,6 +234,12 @@ def test_a_copy_is_in_no_sum(do: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(counted(done.run).values()) == 5 * L * K
 
 
+def test_ranks_with_tokens_of_their_own_are_added_up(do: Any) -> None:
+    done = do(MadeUp([a_pass(5)], [a_pass(7, seed=1), a_pass(2, 1)]))
+    assert (done.passes, done.tokens, done.token_layers) == (3, 14, 14 * L)
+    assert sum(counted(done.run).values()) == 14 * L * K
+
+
 def bad(change: Any) -> Pass:
     item = a_pass(6, 1)
     change(item)
@@ -248,6 +254,14 @@ def into(item: Pass, layer: int, token: int, ids: list[int]) -> None:
 
 REFUSED = [
     (lambda x: into(x, 2, 4, [0, 1, E]), "record 1, layer 2, token 4: expert 12 of 12"),
+    (
+        lambda x: (into(x, 2, 4, [0, 1, E]), into(x, 3, 0, [0, 1, E + 3])),
+        "record 1, layer 2, token 4: expert 12 of 12",
+    ),
+    (
+        lambda x: (into(x, 1, 5, [0, -1, 2]), into(x, 3, 0, [0, -7, 2])),
+        r"record 1, layer 1, token 5: no expert \(-1\)",
+    ),
     (lambda x: into(x, 2, 4, [0, 1, 1 << 20]), "expert 1048576 of 12: this is no expert id"),
     (lambda x: into(x, 0, 0, [0, 1, 1 << 40]), "record 1: an expert id is 1099511627776"),
     (lambda x: into(x, 1, 5, [0, -1, 2]), r"record 1, layer 1, token 5: no expert \(-1\)"),
@@ -374,6 +388,30 @@ def test_an_old_trace_comes_back_where_the_new_one_cannot_be_put(
         do(MadeUp([a_pass(7)]), force=True)
     assert sum(counted(tmp_path / "run").values()) == 6 * L * K
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "run"]
+
+
+def test_a_file_inside_the_trace_that_goes_is_refused(do: Any, tmp_path: Path) -> None:
+    do(MadeUp([a_pass(6)]))
+    inside = tmp_path / "run" / "answers.jsonl"
+    inside.write_text("mine")
+    with pytest.raises(ImportRefused, match=r"lies in .*run, which would be replaced"):
+        import_trace(inside, tmp_path / "run", format="made-up", force=True)
+    assert inside.read_text() == "mine"
+
+
+@pytest.mark.parametrize(("top_k", "experts"), [(0, 4), (5, 4), (2, (1 << 20) + 1), (None, 0)])
+def test_a_layer_that_no_model_has_is_refused(
+    do: Any, tmp_path: Path, top_k: int | None, experts: int
+) -> None:
+    with pytest.raises(ImportRefused, match=rf"of {experts} experts\."):
+        do(MadeUp([a_pass(6)], infos=layers(1, experts, top_k)))
+    assert nothing_left(tmp_path)
+
+
+def test_a_tag_that_is_no_whole_text_is_refused(do: Any, tmp_path: Path) -> None:
+    with pytest.raises(ImportRefused, match=r"--tag: the tag .* is no whole text"):
+        do(MadeUp([a_pass(6)]), given=Given(tag="\udc80"))
+    assert nothing_left(tmp_path)
 
 
 def test_a_folder_that_is_no_trace_is_not_replaced(do: Any, tmp_path: Path) -> None:

@@ -237,9 +237,22 @@ BAD: dict[str, tuple[Any, str]] = {
         "layer 1, token 1: expert 16 of 16",
     ),
     "an error": ({"response": None, "custom_id": "a", "error": "oom"}, "the request failed (oom)"),
+    "choices that are none": ({"choices": [None]}, "no routing in it"),
     "text": ("{}", "a str is no answer of vLLM or SGLang: give an array to add_routing"),
     "nothing": (None, "a NoneType is no answer"),
 }
+
+
+ARRAYS: list[dict[str, Any]] = [
+    {"ids_TBK": choices(2)[0]},
+    {"ids_TBK": [[[1], [2, 3]]]},
+    {"ids_TBK": choices(2), "token_ids": [1]},
+    *({"ids_TBK": choices(2), "prompt_tokens": n} for n in (-1, 1.5)),
+    *({"ids_TBK": choices(2), "first_position": n} for n in (1 << 31, (1 << 31) - 1)),
+    # What would end the writing of all others, if it came to the writer:
+    *({"ids_TBK": choices(2), "request": text} for text in (5, "\ud800")),
+    *({"ids_TBK": choices(2), "tag": text} for text in (5, "\ud800")),
+]
 
 
 def test_bad_answers_are_refused_and_the_others_stay(live: moe_lens.LiveTrace) -> None:
@@ -252,20 +265,14 @@ def test_bad_answers_are_refused_and_the_others_stay(live: moe_lens.LiveTrace) -
             live.add(output)
         assert says in str(e.value)
         assert "\n" not in str(e.value)
-    for bad in (
-        {"ids_TBK": choices(2)[0]},
-        {"ids_TBK": choices(2), "token_ids": [1]},
-        {"ids_TBK": choices(2), "prompt_tokens": -1},
-        {"ids_TBK": choices(2), "first_position": 1 << 31},
-        {"ids_TBK": [[[1], [2, 3]]]},
-    ):
+    for bad in ARRAYS:
         with pytest.raises(ImportRefused):
             live.add_routing(**bad)
     live.close()
     assert in_trace(live.run) == want
-    assert live.refused == len(BAD) + 5
+    assert live.refused == len(BAD) + len(ARRAYS)
     meta = json.loads((live.run / "meta" / "rank=0.json").read_text())
-    assert meta["warnings"] == {module.REFUSED: len(BAD) + 5}
+    assert meta["warnings"] == {module.REFUSED: live.refused}
 
 
 def test_follow_passes_all_on_and_warns(live: moe_lens.LiveTrace) -> None:
@@ -273,6 +280,14 @@ def test_follow_passes_all_on_and_warns(live: moe_lens.LiveTrace) -> None:
     with pytest.warns(RuntimeWarning, match="not in the trace: request 1: no routed_experts"):
         assert list(live.follow(outputs, tag="offline")) == outputs
     assert (live.sequences, live.refused) == (1, 1)
+
+
+def test_follow_loses_no_answer_that_cannot_be_written(live: moe_lens.LiveTrace) -> None:
+    live.close()
+    passed = live.follow([output_of(ONE), output_of(ONE)])
+    assert next(passed).request_id == "cmpl-1"
+    with pytest.raises(TraceWriteError, match="is closed"):
+        next(passed)
 
 
 @pytest.mark.parametrize(
@@ -316,6 +331,27 @@ def test_after_the_end(live: moe_lens.LiveTrace) -> None:
     for late in (lambda: live.add(output_of(ONE)), live.flush):
         with pytest.raises(TraceWriteError, match="is closed"):
             late()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_is_refused_and_harms_nothing(live: moe_lens.LiveTrace) -> None:
+    """The thread that writes is not in it: what it adds would be lost, and its flush never end."""
+    live.add(output_of(ONE))
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # should it wait
+        refused = 0
+        for late in (lambda: live.add(output_of(ONE)), lambda: live.add_routing([]), live.flush):
+            try:
+                late()
+            except TraceWriteError as e:
+                refused += "was forked" in str(e)
+        live.close()
+        os._exit(refused)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+    live.add(output_of(ONE), request="second")
+    live.flush()
+    assert in_trace(live.run) == expected("cmpl-1", ONE.ids[0]) | expected("second", ONE.ids[0])
 
 
 def test_an_error_of_the_server_is_in_the_meta(tmp_path: Path) -> None:

@@ -62,6 +62,11 @@ def test_numbers_of_the_language_model_inside_another_are_found(tmp_path: Path) 
     [
         ("{", "is no JSON"),
         ("[]", "is no model configuration: it is a list"),
+        ("[" * 100_000, "is no JSON"),
+        (
+            '{"num_experts": 4, "num_hidden_layers": 2, "mlp_only_layers": 1}',
+            "mlp_only_layers is 1, not a list of blocks",
+        ),
         ('{"hidden_size": 8}', "says nothing of experts"),
         ('{"num_experts": "many"}', "num_experts is 'many', not a number"),
         ('{"num_experts": -1}', "num_experts is -1, not a number"),
@@ -72,6 +77,13 @@ def test_what_says_nothing_of_experts_is_refused(tmp_path: Path, text: str, mess
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ImportRefused, match=message):
         from_config(tmp_path)
+
+
+def test_no_block_is_dense_that_is_not_there(tmp_path: Path) -> None:
+    said = {"num_experts": 4, "num_hidden_layers": 3, "first_k_dense_replace": 1 << 40}
+    (tmp_path / "config.json").write_text(json.dumps(said | {"architectures": "Qwen"}))
+    assert from_config(tmp_path).dense_blocks == (0, 1, 2)
+    assert from_config(tmp_path).model is None
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:

@@ -243,3 +243,9 @@ def test_expert_choice_in_each_sequence_fills_every_group() -> None:
     counts = np.array([[3, 3, 3, 3], [3, 3, 3, 3]])
     x = chosen_by_experts(capacity_groups=2, routed_GE=counts, processed_GE=counts.copy())
     assert breaches(x) == []
+
+
+def test_forwards_side_by_side_are_named_from_the_first_to_the_last() -> None:
+    x = forward(healthy(tokens=11), parts=[forward(), forward()])
+    x.parts[1].step, x.parts[1].forward = 30, 0
+    assert check(x)[0].startswith("step 17, forward 2 to step 30, forward 0: layer 3: 11 tokens")

@@ -315,3 +315,14 @@ def test_a_step_says_what_was_lost_and_what_was_not_seen() -> None:
     assert row["lost_rows"] == 5 + 6
     assert (row["fires_expected"], row["fires_seen"]) == (2, 1)
     assert (row["window"], row["breaches"], row["sampled"]) == (9, 4, True)
+
+
+def test_rows_of_forwards_side_by_side_that_are_given_up_are_said_of_each() -> None:
+    forward = event(seen([Router(0, 8, 2), Router(1, 8, 2)], lengths=(3,)))
+    forward.parts = [event(seen([], step=i)) for i in range(2)]
+    for x in forward.layers:
+        assert x.rows is not None
+        x.rows.forward_N = np.array([0, 1, 1], np.int32)
+    forward.drop_rows()
+    assert forward.lost_rows == 6
+    assert [part.lost_rows for part in forward.parts] == [2, 4]

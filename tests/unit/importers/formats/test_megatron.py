@@ -329,6 +329,13 @@ def _later_step(folder: Path) -> None:
         _said(number, step=9)(folder)
 
 
+def _far_away(folder: Path) -> None:
+    text = (folder / "router_trace_rank1.jsonl").read_text()
+    text = text.replace('"rank": 1', '"rank": 99999999999')
+    (folder / "router_trace_rank99999999999.jsonl").write_text(text)
+    shutil.copy(folder / "logits_rank1.bin", folder / "logits_rank99999999999.bin")
+
+
 DAMAGED: dict[str, tuple[Callable[[Path], None], str]] = {
     "torn": (_cut(TRACE, 2800), rf"{TRACE}: line 12 breaks off .*--allow-gaps"),
     "cut at a line": (_line(12, lambda _: ""), r"step 8: 1 records of mtp 0 layer 1, but 2 of dec"),
@@ -365,6 +372,15 @@ DAMAGED: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "an empty rank": (_cut("router_trace_rank1.jsonl", 0), "router_trace_rank1.jsonl is empty"),
     "a missing rank": (_move(TRACE, "x"), f"there is no {TRACE}: .*--allow-gaps"),
+    "a rank far away": (_far_away, r"there is no router_trace_rank2.jsonl: .*--allow-gaps"),
+    "deep": (
+        _line(2, lambda x: x.replace('"step": ', '"step": ' + "[" * 100_000)),
+        "line 2: it is no JSON record up to top_indices",
+    ),
+    "deep choices": (
+        _line(2, lambda x: x.replace('"top_indices": ', '"top_indices": ' + "[" * 100_000)),
+        "line 2: top_indices is no JSON list",
+    ),
     "a rank that stopped": (_stop(1, after=6), "has steps 7 to 7, but rank 0"),
 }
 

@@ -266,6 +266,14 @@ def _changed(line: str, **more: Any) -> str:
     return json.dumps(json.loads(line) | more) + "\n"
 
 
+def _line_4(**more: Any) -> Callable[[Path], object]:
+    def damage(path: Path) -> None:
+        lines = _lines(path)
+        path.write_text("".join([*lines[:3], _changed(lines[3], **more), *lines[4:]]))
+
+    return damage
+
+
 LINES: dict[str, tuple[Callable[[Path], object], str]] = {
     "torn": (
         lambda p: p.write_text(p.read_text()[:-20]),
@@ -288,10 +296,38 @@ LINES: dict[str, tuple[Callable[[Path], object], str]] = {
         r"line 5: token_idx is 'three', not a number\.",
     ),
     "a number for a list": (
-        lambda p: p.write_text(
-            "".join([*_lines(p)[:3], _changed(_lines(p)[3], e=7), *_lines(p)[4:]])
-        ),
+        _line_4(e=7),
         r"line 4: selected_experts is 7, not a list of numbers\.",
+    ),
+    "a float for an expert": (
+        _line_4(e=[1.5, 2]),
+        r"line 2: selected_experts is a list of double\.",
+    ),
+    "a token id of 40 bits": (
+        _line_4(ti=1 << 40),
+        r"line 4: token_id is 1099511627776\.",
+    ),
+    "a token id of 70 bits": (
+        _line_4(ti=1 << 70),
+        r"line 4: token_id is 1180591620717411303424, not a number\.",
+    ),
+    "half a character for a number": (
+        _line_4(t="\ud800"),
+        r"line 4: token_idx is '.ud800', not a number\.",
+    ),
+    "an expert of 70 bits": (
+        _line_4(e=[1, 1 << 70]),
+        r"line 4: selected_experts is \[1, 1180591620717411303424\], not a list of numbers\.",
+    ),
+    "half a character": (
+        _line_4(dm="\ud800"),
+        r"line 2: domain_tag is no text",
+    ),
+    "scores from the second line on": (
+        lambda p: p.write_text(
+            "".join([_lines(p)[0], _changed(_lines(p)[1], s=None), *_lines(p)[2:]])
+        ),
+        r"line 3 has 's', which line 2 has not\.",
     ),
     "a list, not an object": (
         lambda p: p.write_text("".join([*_lines(p)[:3], "[1, 2]\n"])),

@@ -274,6 +274,20 @@ def test_parts_of_the_experts_are_added_up(tmp_path: Path) -> None:
         sglang.open_source(alone, TOP_2)
 
 
+def test_few_choices_in_one_part_are_chance(tmp_path: Path) -> None:
+    """One token whose two experts are both of the first half: no rank counted its part alone."""
+    one_token = np.tile(np.array([[0, 1]]), (B, 1, 1))
+    data = dump([Ran(one_token, EXTEND, [1])], trivial(B, E), per_token=False)
+    (item,) = counted(sglang.open_source(save(tmp_path / "d.pt", data), TOP_2))
+    assert item.count_E[0].tolist() == [1, 1, 0, 0, 0, 0, 0, 0]
+
+
+def test_ranks_without_a_pass_in_common_are_no_copies(tmp_path: Path) -> None:
+    dumps = {"1_0": plain_dump(first=0), "1_1": plain_dump(rank=1, first=2)}
+    source = sglang.open_source(folder(tmp_path, dumps), Given(allow_gaps=True))
+    assert [r.copy for r in source.ranks] == [False, False]
+
+
 def other_tokens(data: dict[str, Any]) -> dict[str, Any]:
     for record in data["records"]:
         record["input_ids"] = [x + 1000 for x in record["input_ids"]]
@@ -390,3 +404,10 @@ def test_forward_modes_without_pieces_have_no_tokens(tmp_path: Path) -> None:
     ]
     found = passes(sglang.open_source(save(tmp_path / "d.pt", dump(ran, trivial(B, E))), Given()))
     assert [(x.phase, x.tokens is None) for x in found] == [("decode", True), ("unknown", False)]
+
+
+def test_a_number_that_no_rank_has_is_refused(tmp_path: Path) -> None:
+    """All numbers below it are not written down to find the first that is missing."""
+    dumps = {"1_0": plain_dump(), "1_1": plain_dump(rank=1 << 40)}
+    with pytest.raises(ImportRefused, match="there is no file of rank 1, but one of rank 1099511"):
+        sglang.open_source(folder(tmp_path, dumps), Given())

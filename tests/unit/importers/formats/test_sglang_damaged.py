@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import numpy as np
 import pytest
@@ -85,6 +86,12 @@ def shifted(data: dict[str, Any]) -> None:
     ids[2, 0, 0] = next(e for e in range(E) if e not in ids[2, 0].tolist())
 
 
+NOWHERE = torch.zeros(B, 2, 8, dtype=torch.int32, device="meta")
+SPARSE = torch.zeros(B, 2, 8, dtype=torch.int32).to_sparse()
+STRIDELESS = torch.zeros(1, dtype=torch.int32).expand(B, 1_000_000, 8)
+"""Of any size, in a file of a few bytes."""
+
+
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
@@ -113,6 +120,12 @@ def shifted(data: dict[str, Any]) -> None:
         (put("input_ids", [1 << 70, 1]), r"record 1: input_ids has a number that no integer"),
         (map_at((1, 3), 4), r"map, block 1: no place for expert 3"),
         (map_at((1, 3), -1), r"map, block 1: expert -1"),
+        (map_at((1, 3), 1 << 40), r"map, block 0: no place for expert 8 of 1099511627777 logical"),
+        (put("topk_ids_of_layer", NOWHERE), r"record 1: topk_ids.* not hold all of \[3, 2, 8\]"),
+        (put("topk_ids_of_layer", SPARSE), r"record 1: topk_ids.* not hold all of \[3, 2, 8\]"),
+        (put("topk_ids_of_layer", STRIDELESS), r"topk_ids.* not hold all of \[3, 1000000, 8\]"),
+        (put("forward_pass_id", torch.zeros(2, 9)), r"record 1: forward_pass_id is tensor\(\[\["),
+        (put("rank", torch.zeros(9)), r"record 1: the rank is tensor"),
         (
             lambda d: d.pop("last_physical_to_logical_map"),
             r"last_physical_to_logical_map is missing",
@@ -148,6 +161,7 @@ def test_a_pass_of_counts_among_tokens_is_refused(tmp_path: Path) -> None:
         (made.stat(np.ones((B, E))), "logical_count is int32 of shape"),
         (made.stat(np.ones((0, B, E))), "is empty"),
         (made.stat(np.ones((1, B, E))) | {"rank": 2}, "the rank is 2"),
+        (made.stat(np.ones((1, B, E))) | {"rank": torch.ones(2)}, "the rank is tensor"),
         (made.stat(np.ones((1, B, E))) | {"logical_count": [1]}, "is a list, not a tensor"),
         ({"a": 1}, "neither 'logical_count' nor 'records'"),
         ([1, 2], "holds a list"),
@@ -172,6 +186,12 @@ def test_torn_and_foreign_files_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ImportRefused, match="torn") as e:
             sglang.open_source(path, Given())
         assert "\n" not in str(e.value)
+    path = tmp_path / "zipped.pt"
+    with ZipFile(DATA / "stat.pt") as old, ZipFile(path, "w", ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    with pytest.raises(ImportRefused, match=r"is compressed, which torch\.save"):
+        sglang.open_source(path, TOP_2)
     path = save(tmp_path / "thing.pt", plain_dump() | {"more": Thing()})
     with pytest.raises(ImportRefused, match="more than tensors and plain values"):
         sglang.open_source(path, Given())

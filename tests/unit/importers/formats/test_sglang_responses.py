@@ -160,12 +160,14 @@ def test_responses_may_begin_at_a_position(tmp_path: Path) -> None:
 def test_tokens_out_of_the_prefix_cache_are_left_out(
     start: int, first: int, tmp_path: Path
 ) -> None:
-    answer = response(drawn(0)[start:], PROMPT, COMPLETION)
+    answer = response(drawn(0)[start:], PROMPT, COMPLETION, prompt_token_ids=[1, 2, 3, 4])
     answer["meta_info"]["cached_tokens"] = 3
     given = Given(experts=E, top_k=K, blocks=B, dense_blocks=(0,), first_position=start)
     (item,) = read(write(tmp_path / "a.jsonl", answer), given)
     assert item.ids_TLK.tolist() == drawn(0)[first:, 1:].tolist()
     assert (item.first_position, item.prompt_tokens) == (first, PROMPT - first)
+    assert item.token_id_T is not None
+    assert item.token_id_T.tolist() == [1, 2, 3, 4, 100, 101][first:]
 
 
 @pytest.mark.parametrize("cached", [PROMPT + 1, -1, "2"])
@@ -187,7 +189,8 @@ def test_a_prefill_alone_has_a_row_less_than_tokens(tmp_path: Path) -> None:
 def test_what_is_not_given_comes_of_the_size(given: Given, tmp_path: Path) -> None:
     K = given.top_k or 2
     source = sglang_responses.open_source(
-        write(tmp_path / "r.json", *(response(drawn(i, top_k=K), 4, 3) for i in range(2))), given
+        write(tmp_path / "r.json", *(response(drawn(i, top_k=K), 4, 3, f"r{i}") for i in range(2))),
+        given,
     )
     assert [(x.block, x.top_k) for x in source.layers] == [(b, K) for b in range(B)]
     assert sequences(source)[1].ids_TLK.tolist() == drawn(1, top_k=K).tolist()
@@ -271,12 +274,13 @@ def garbled(x: dict[str, Any]) -> None:
         (lambda x: x.update(prompt_token_ids=[1]), r"line 2: 1 prompt token ids, but 4"),
         (lambda x: x.update(prompt_token_ids="abcd"), r"line 2: the prompt token ids are no list"),
         (lambda x: x.update(prompt_token_ids=[-1] * 4), r"line 2: a prompt token id is out"),
+        (meta(id="r"), r"line 2: request r for the second time: .* counted twice"),
     ],
 )
 def test_damaged_responses_are_refused(damage: Damage, says: str, tmp_path: Path) -> None:
-    bad = one(1)
+    bad = one(1, "bad")
     damage(bad)
-    path = write(tmp_path / "r.jsonl", one(0), bad, one(2))
+    path = write(tmp_path / "r.jsonl", one(0), bad, one(2, "last"))
     with pytest.raises(ImportRefused, match=says) as e:
         read(path)
     assert str(path) in str(e.value)
@@ -303,6 +307,7 @@ def answer(**values: Any) -> dict[str, Any]:
             r"line 1: 3 output token ids, but 9",
         ),
         (answer(object="error"), r"line 1 is an error"),
+        (answer(sglext={"output_ids": 5}), r"line 1 has no 'routed_experts'"),
         ([[1]], r"line 1, response 0 is a list"),
         (7, r"line 1 is a int, not a response"),
     ],
@@ -311,6 +316,26 @@ def test_damaged_answers_are_refused(bad: Any, says: str, tmp_path: Path) -> Non
     path = write(tmp_path / "r.jsonl", bad)
     with pytest.raises(ImportRefused, match=says):
         read(path)
+
+
+def test_what_is_not_said_is_not_there(tmp_path: Path) -> None:
+    nameless = [one(n) for n in range(2)]
+    for x in nameless:
+        x["meta_info"].pop("id")
+    assert [x.request for x in read(write(tmp_path / "r.jsonl", *nameless))] == [None, None]
+    usage = {"prompt_tokens": 4, "completion_tokens": 3, "prompt_tokens_details": "none"}
+    found = read(write(tmp_path / "a.jsonl", answer(usage=usage)))
+    assert [x.first_position for x in found] == [0]
+
+
+def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ImportRefused, match="cannot be read: Is a directory"):
+        read(tmp_path)
+    path = tmp_path / "r.json"
+    for text in ("[" * 100_000, "\n{\n" + "[" * 100_000):
+        path.write_text(text)
+        with pytest.raises(ImportRefused, match="is no whole JSON"):
+            read(path)
 
 
 def test_torn_files_are_refused(tmp_path: Path) -> None:

@@ -165,6 +165,13 @@ def _torn(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def _bfloat16(folder: Path) -> None:
+    import torch
+    from safetensors.torch import save_file as save_tensors
+
+    save_tensors({"100_3": torch.ones(6, dtype=torch.bfloat16)}, folder / "rank0.safetensors")
+
+
 def _without(*keys: str) -> Callable[[Counts], object]:
     return lambda counts: [counts.pop(key) for key in keys]
 
@@ -210,6 +217,22 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: (folder / "rank0.safetensors").unlink(),
         "rank0.safetensors is missing: .*--allow-gaps",
     ),
+    "a rank far away": (
+        lambda folder: shutil.copy(
+            folder / "rank1.safetensors", folder / "rank99999999999.safetensors"
+        ),
+        "rank2.safetensors is missing: .*--allow-gaps",
+    ),
+    "an iteration far away": (
+        _counts(0, lambda x: x.update({f"99999999999_{b}": np.ones(6, int) for b in BLOCKS})),
+        "rank0.*: iteration 103 is missing between 100 and 99999999999",
+    ),
+    "a key of many digits": (
+        _counts(0, _with("100_" + "9" * 5000, np.ones(6, int))),
+        "key '100_9+' is no iteration_layer",
+    ),
+    "numbers that numpy has not": (_bfloat16, "key '100_3' holds no integers"),
+    "deep meta": (_meta("[" * 100_000), "meta_info.json is no JSON"),
     "a strange key": (_counts(0, _with("100_None", np.ones(6, int))), "key '100_None' is no iter"),
     "floats": (_counts(0, _with("100_3", np.ones(6))), r"key '100_3' is float64 of \[6\]"),
     "a longer count": (_counts(0, _with("101_3", np.ones(7, int))), r"'101_3' is int64 of \[7\]"),

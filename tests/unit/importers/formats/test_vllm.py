@@ -132,6 +132,7 @@ def changed(ids: NDArray[Any], at: tuple[int, ...], to: int) -> bytes:
 DAMAGED_ARRAYS = {
     "torn": (npy(choices(7))[:-5], "r.npy: array is no whole .npy file"),
     "torn header": (npy(choices(7))[:40], "r.npy: array is no whole .npy file"),
+    "a bracket too many": (header("((1, 4, 2)"), "r.npy: array is no whole .npy file"),
     "empty": (b"", "r.npy: array is no .npy"),
     "text": (b"not an array at all", "r.npy: array is no .npy"),
     "pickled": (header("(1,)", "'|O'") + b"cos\nsystem\n.", "Object arrays cannot be loaded"),
@@ -257,6 +258,12 @@ def test_several_choices_share_a_prompt(tmp_path: Path) -> None:
         assert [x.request for x in got] == ["cmpl-0/0", "cmpl-0/1"]
         assert [x.prompt_tokens for x in got] == [3, 3]
         assert all(same(x, ids) for x, ids in zip(got, two.ids, strict=True))
+    two = Served([1, 2, 3], [[4, 5, 6], [7]], start=1)
+    for said in (two.completion(), two.chat()):
+        got = read(
+            write(tmp_path / "a.jsonl", {"response": said, "routed_experts_prompt_start": 1})
+        )
+        assert [(x.first_position, x.prompt_tokens) for x in got] == [(1, 2), (1, 2)]
 
 
 def test_cached_prefix_of_several_choices_is_nobodys(tmp_path: Path) -> None:
@@ -312,11 +319,7 @@ def test_aborted_request_has_none(tmp_path: Path) -> None:
 def test_failed_requests_are_left_out_if_asked_and_counted(tmp_path: Path) -> None:
     failed = [
         {"id": "v", "custom_id": "a", "response": None, "error": "bad request"},
-        {
-            "custom_id": "b",
-            "response": {"status_code": 400, "body": {"error": {"message": "too long"}}},
-            "error": None,
-        },
+        {"custom_id": "b", "response": {"body": {"error": {"message": "too long"}}}, "error": None},
     ]
     path = write(tmp_path / "a.jsonl", *failed, ONE.batch_line())
     refused(path, "line 1: the request failed (bad request), so it has no routing")
@@ -335,6 +338,11 @@ def edited(change: Any, said: dict[str, Any] | None = None) -> dict[str, Any]:
 
 def _choice(**to: Any) -> Any:
     return lambda said: said["choices"][0].update(to)
+
+
+def _file(data: bytes) -> dict[str, Any]:
+    """An answer with this for an .npy file."""
+    return edited(_choice(routed_experts=base64.b64encode(data).decode()))
 
 
 SHORT = numpy2base64(choices(5))
@@ -358,16 +366,16 @@ DAMAGED = {
     ),
     "no base64": (edited(_choice(routed_experts=TEXT[:50] + "!")), "routed_experts is no base64"),
     "torn base64": (edited(_choice(routed_experts=TEXT[:-8])), "line 2: routed_experts is no .npy"),
-    "bytes follow": (
-        edited(_choice(routed_experts=base64.b64encode(npy(choices(6)) + b"xy").decode())),
-        "line 2: 2 bytes follow the array",
-    ),
-    "a huge shape": (
-        edited(_choice(routed_experts=base64.b64encode(header("(99999999999999, 4, 2)")).decode())),
-        "line 2: routed_experts is no .npy file",
+    "bytes follow": (_file(npy(choices(6)) + b"xy"), "line 2: 2 bytes follow the array"),
+    "a huge shape": (_file(header("(99999999999999, 4, 2)")), "routed_experts is no .npy file"),
+    "a bracket too many": (_file(header("((1, 4, 2)")), "routed_experts is no .npy file"),
+    "a number": (edited(_choice(routed_experts=5)), "line 2: routed_experts is the number 5"),
+    "details that are none": (
+        edited(_choice(routed_experts=SHORT)) | {"usage": {"prompt_tokens_details": 5}},
+        "line 2: 5 rows of routing, but 6 tokens ran",
     ),
     "pickled": (
-        edited(_choice(routed_experts=base64.b64encode(header("(1,)", "'|O'") + b".").decode())),
+        _file(header("(1,)", "'|O'") + b"."),
         "line 2: routed_experts is no .npy file (Object arrays cannot be loaded",
     ),
     "floats": (
@@ -383,9 +391,7 @@ DAMAGED = {
         "line 2: routed_experts is no array",
     ),
     "in a dense block": (
-        edited(
-            _choice(routed_experts=base64.b64encode(changed(choices(6), (2, 0, 0), 7)).decode())
-        ),
+        _file(changed(choices(6), (2, 0, 0), 7)),
         "line 2, block 0, token 2: expert 7",
     ),
     "no count": (
@@ -453,13 +459,12 @@ def test_files_of_a_folder_are_named_in_errors(tmp_path: Path) -> None:
 
 
 def test_recognises_nothing_else(tmp_path: Path) -> None:
-    others = {
-        "sglang.json": {"text": "…", "meta_info": {"id": "1", "routed_experts": "AAAA"}},
-        "openai.json": {"object": "chat.completion", "choices": [{"message": {}}]},
-        "ours.json": {"run_id": "x", "layers": []},
-        "trace.jsonl": {"step": 0, "layer": 1, "experts": [1, 2]},
-    }
-    for name, said in others.items():
+    for name, said in (
+        ("sglang.json", {"text": "…", "meta_info": {"id": "1", "routed_experts": "AAAA"}}),
+        ("openai.json", {"object": "chat.completion", "choices": [{"message": {}}]}),
+        ("ours.json", {"run_id": "x", "layers": []}),
+        ("trace.jsonl", {"step": 0, "layer": 1, "experts": [1, 2]}),
+    ):
         path = write(tmp_path / name, said)
         assert not vllm.recognises(path, path.read_bytes())
     (tmp_path / "a.txt").write_text("routed_experts")
@@ -475,16 +480,13 @@ def test_whole_import_counts_as_a_plain_loop_does(tmp_path: Path) -> None:
         Served(list(range(3 + i)), [[7] * (1 + i % 5)], name=f"r{i}", cached=i % 3)
         for i in range(20)
     ]
-    path = write(
-        tmp_path / "a.jsonl",
-        *[{"response": x.chat(), "tag": f"t{i % 2}"} for i, x in enumerate(many)],
-    )
+    said = [{"response": x.chat(), "tag": f"t{i % 2}"} for i, x in enumerate(many)]
+    path = write(tmp_path / "a.jsonl", *said)
     done = import_trace(path, tmp_path / "run", given=GIVEN)
     want: Counter[tuple[int, str, int]] = Counter()
-    tokens = 0
+    tokens = sum(len(x.ids[0]) - (x.cached or 0) for x in many)
     for i, x in enumerate(many):
         for row in x.ids[0].tolist()[i % 3 :]:
-            tokens += 1
             for block in (1, 2, 3):
                 for e in row[block]:
                     want[block - 1, f"t{i % 2}", e] += 1
@@ -494,7 +496,5 @@ def test_whole_import_counts_as_a_plain_loop_does(tmp_path: Path) -> None:
         phases = trace.sql("select phase, sum(tokens) n from steps group by all").df()
     assert {(r.layer, r.tag, r.expert): r.n for r in rows.itertuples()} == want
     prompts = sum(len(x.prompt) - (x.cached or 0) for x in many)
-    assert dict(zip(phases.phase, phases.n, strict=True)) == {
-        "prefill": prompts,
-        "decode": tokens - prompts,
-    }
+    by_phase = {"prefill": prompts, "decode": tokens - prompts}
+    assert dict(zip(phases.phase, phases.n, strict=True)) == by_phase
