@@ -5,7 +5,8 @@ the peers' own code wrote) hold 10 million token-layers of realistic routing (48
 experts x top-8), and twice as many. Each is imported by a process of its own; what it took is the
 CPU time of that process, its start and imports included, and its largest anonymous resident memory
 (mapped files are the page cache's). Gates: at most 60 s of CPU for 10 million from each binary
-format; at most 0.15 GB more memory for twice as many, of any format.
+format; at most 0.25 GB more memory for twice as many, of any format (10 million are 208 requests of
+1,024 tokens, 256 run at a time; the peaks of one file differ by 0.1 GB from run to run).
 
 Requests decoded one at a time make a forward of every token, 213,000 of them, each with counts of
 its own (100 rows of `load`): "single tokens", at most 90 s.
@@ -303,7 +304,7 @@ def main() -> int:
         if case.at_most is not None:
             report.gate(f"{case.name}: CPU s", whole["cpu_s"], at_most=case.at_most)
         more = (twice["peak"] - whole["peak"]) / 1e9
-        report.gate(f"{case.name}: GB more for twice as many", more, at_most=0.15)
+        report.gate(f"{case.name}: GB more for twice as many", more, at_most=0.25)
     table(["format", "token-layers", "file", "CPU s", "of twice", "memory", "of twice"], rows)
     return report.finish(keep=not quick)
 

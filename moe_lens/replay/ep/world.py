@@ -37,7 +37,7 @@ class World:
     backend: str
 
     def agreed(self, error: MoeLensError | None) -> None:
-        """Go on only if no rank has an error.
+        """Go on only if no rank has an error; else this one has left the group.
 
         Raises:
             ReplayError: On the first rank that has one, with its message.
@@ -48,6 +48,8 @@ class World:
         failed = [rank for rank, text in enumerate(said) if text is not None]
         if not failed:
             return
+        # Every rank is here and will end: one that ends with the group open may be aborted by it.
+        dist.destroy_process_group()
         if self.rank == failed[0]:
             where = "" if len(failed) == self.size else f"rank {self.rank}: "
             raise ReplayError(f"{where}{said[self.rank]}") from error
