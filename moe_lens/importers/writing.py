@@ -88,7 +88,7 @@ class RankWriter:
         self._ran: set[int] | None = None
         self._last = (-1, -1)
         self._tags: list[str] = list(meta.tags)
-        self._seen: set[int] = set()
+        self._begun = _Begun()
         self._always = AlwaysFirst()
         self._weighted = False
         self._handed = 0
@@ -311,8 +311,7 @@ class RankWriter:
         numbers, first = np.unique(tokens.sequence_T, return_index=True)
         rows = []
         for number, at in zip(numbers.tolist(), first.tolist(), strict=True):
-            if number not in self._seen:
-                self._seen.add(number)
+            if self._begun.add(number):
                 at_tag = None if tokens.tag_T is None else int(tokens.tag_T[at])
                 tag = self._untagged if at_tag is None else tokens.tags[at_tag]
                 rows.append(SequenceRow(number, tag, tokens.request.get(number)))
@@ -351,6 +350,28 @@ class RankWriter:
         out.layers += counted_layers(infos, np.array([x.tokens_L for x in taken]), count_LFE)
         out.layers.sort(key=lambda x: x.layer)
         return out
+
+
+class _Begun:
+    """Numbers of sequences that were there before.
+
+    A live trace has new ones for weeks: numbers that follow each other take no room.
+    """
+
+    def __init__(self) -> None:
+        self._below = 0
+        """All below were there."""
+        self._above: set[int] = set()
+
+    def add(self, number: int) -> bool:
+        """Whether it is new."""
+        if 0 <= number < self._below or number in self._above:
+            return False
+        self._above.add(number)
+        while self._below in self._above:
+            self._above.remove(self._below)
+            self._below += 1
+        return True
 
 
 def _arrays(x: Choices) -> tuple[Any, ...]:

@@ -232,3 +232,13 @@ def test_flush_leaves_nothing_waiting(tmp_path: Path) -> None:
     assert len(read_rows(tmp_path, "routing")) == 5 * 2 * L
     assert sum(r["routed"] for r in read_rows(tmp_path, "load")) == 5 * 2 * L * K
     w.close()
+
+
+def test_numbers_of_sequences_that_follow_each_other_take_no_room() -> None:
+    rng = np.random.default_rng(0)
+    numbers = np.concatenate([rng.permutation(1000), rng.integers(-500, 3000, 2000)]).tolist()
+    begun, truth = writing._Begun(), set[int]()
+    for number in numbers:
+        assert begun.add(number) == (number not in truth)
+        truth.add(number)
+    assert len(begun._above) < len(truth) - 1000
