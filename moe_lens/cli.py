@@ -83,6 +83,10 @@ def root(
     moe-lens context traces/run1              what order and a beginning say of routing
     moe-lens replay traces/run1               what its routing costs on this machine
     moe-lens place traces/run1 --ranks 8      which rank should hold which experts
+    moe-lens counterfactual traces/run1 …     what other choices of experts would cost
+    moe-lens precision traces/run1 …          what rounding its weights would do
+    moe-lens import dump.pt --out traces/a    what another tool recorded, as a trace
+    moe-lens export traces/run1 …             counts and routing for other tools
     moe-lens lab granularity                  what using fewer experts a token costs
     """  # noqa: D301  (\b keeps the lines as they are)
 

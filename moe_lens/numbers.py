@@ -5,11 +5,18 @@ from __future__ import annotations
 import math
 
 NONE = "–"
+TINY = 1e-12
+"""Below it digits of a number say no more than that it is all but nothing."""
 
 
 def count(n: float | None) -> str:
     """A whole number, as 12,345."""
     return NONE if n is None else f"{n:,.0f}"
+
+
+def counted(n: float, noun: str) -> str:
+    """A number of things, as 1 step or 12,345 steps."""
+    return f"{count(n)} {noun}{'s' * (n != 1)}"
 
 
 def percent(share: float | None) -> str:
@@ -30,9 +37,14 @@ def decimal(value: float | None, digits: int = 2) -> str:
 
 
 def digits(value: float | None) -> str:
-    """About four digits that mean something, of a number of any size; nothing: no number."""
+    """About four digits that mean something; nothing: no number.
+
+    Below 1e-12 in size, where many a chance is, only that much is said of it.
+    """
     if value is None or math.isnan(value):
         return ""
+    if 0 < abs(value) < TINY:
+        return f"<{TINY:g}" if value > 0 else f">-{TINY:g}"
     if value != 0 and abs(value) < 1e-4:
         return f"{value:.1e}"
     places = 0 if value == int(value) or abs(value) >= 1000 else 2 if abs(value) >= 10 else 4

@@ -189,19 +189,31 @@ def _hint(router: nn.Module | None) -> str | None:
     """What the router's source says, for when the numbers cannot decide (top-1, normalised)."""
     if router is None:
         return None
-    source = _source(router) + " ".join(type(m).__name__.lower() for m in router.children())
+    source = _source(type(router)) + " ".join(type(m).__name__.lower() for m in router.children())
     named = [s for s in ("softmax", *POSITIVE) if s in source]
     return named[0] if len(named) == 1 else None
 
 
-def _source(router: nn.Module) -> str:
-    """The text of the router's class, and of functions of its module that its forward names."""
-    home = sys.modules.get(type(router).__module__)
-    code = getattr(inspect.unwrap(type(router).forward), "__code__", None)
+_sources: WeakKeyDictionary[type[nn.Module], str] = WeakKeyDictionary()
+
+
+def _source(kind: type[nn.Module]) -> str:
+    """Source of a router's class, and of functions of its module that its forward names.
+
+    Read once: it takes longer than all else that is asked of a layer.
+    """
+    if kind not in _sources:
+        _sources[kind] = _read_source(kind)
+    return _sources[kind]
+
+
+def _read_source(kind: type[nn.Module]) -> str:
+    home = sys.modules.get(kind.__module__)
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
     named = [getattr(home, n, None) for n in (code.co_names if code is not None else ())]
-    own = [f for f in named if inspect.isfunction(f) and f.__module__ == type(router).__module__]
+    own = [f for f in named if inspect.isfunction(f) and f.__module__ == kind.__module__]
     try:
-        return "\n".join([inspect.getsource(type(router)), *map(inspect.getsource, own)])
+        return "\n".join([inspect.getsource(kind), *map(inspect.getsource, own)])
     except (OSError, TypeError):  # classes made in a notebook or by exec have no source
         return ""
 

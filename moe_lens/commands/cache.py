@@ -44,6 +44,9 @@ def cache(
         int | None,
         typer.Option(help="Experts of a layer on the device; default: half of them.", min=1),
     ] = None,
+    hit_rate: Annotated[
+        float, typer.Option(help="Share of hits for which the smallest cache is named.")
+    ] = 0.9,
     unit: Annotated[
         UnitName,
         typer.Option(help="What needs its experts at once: a token (batch 1), or a forward."),
@@ -76,13 +79,15 @@ def cache(
     \b
     Examples:
       moe-lens cache traces/run1
-      moe-lens cache traces/run1 --resident 16 --phase decode
+      moe-lens cache traces/run1 --resident 16 --phase decode --hit-rate 0.95
       moe-lens cache traces/run1 --unit forward --layers 0-3
       moe-lens cache traces/run1 --bandwidth 60 --dtype int4 --json
     """  # noqa: D301  (\b keeps the lines as they are)
     for option, value in (("--bandwidth", bandwidth), ("--expert-mb", expert_mb)):
         if value is not None and not 0 < value < math.inf:
             raise CommandError(f"{option} must be above 0, got {value:g}.")
+    if not 0 < hit_rate <= 1:
+        raise CommandError(f"--hit-rate must be above 0, up to 1; got {hit_rate:g}.")
     chosen = None if layers is None else frozenset(numbers(layers, "--layers"))
 
     from moe_lens.queries.memory import memory
@@ -100,7 +105,7 @@ def cache(
     for name, measured in found.items():
         weighed = [_weighed(each, dtype.value, expert_mb) for each in measured]
         missing = (chosen or known) - {each.info.layer for each in measured}
-        phase_said = _phase(name, measured, weighed, resident, bandwidth)
+        phase_said = _phase(name, measured, weighed, resident, bandwidth, hit_rate)
         said.append(phase_said | {"not_measured": sorted(missing)})
     by_forward = unit is UnitName.forward
     _print(said, as_json, infos[0].made_steps if by_forward else "")
@@ -129,6 +134,7 @@ def _phase(
     weighed: list[Layer],
     resident: int | None,
     gb_per_s: float,
+    wanted: float,
 ) -> dict[str, Any]:
     from moe_lens.metrics import summary
 
@@ -138,7 +144,11 @@ def _phase(
         raise CommandError(f"--resident is at most {most}, the experts of a layer; got {size}.")
     return {
         "phase": name,
-        "answers": summary.answers(name, weighed, size, gb_per_s),
+        "answers": summary.answers(name, weighed, size, gb_per_s, wanted),
+        "wanted": {
+            "hit_rate": wanted,
+            **{p: summary.size_for(weighed, p, wanted) for p in ("lru", "optimum")},
+        },
         "unit": measured[0].memory.unit,
         "size": size,
         "gb_per_s": gb_per_s,

@@ -95,7 +95,7 @@ def context(
 
     from moe_lens.queries.context import conversations
     from moe_lens.queries.paired import paired
-    from moe_lens.queries.session import open_trace
+    from moe_lens.queries.session import one_run, open_trace
     from moe_lens.terminal import context_page
 
     said: dict[str, Any] = {}
@@ -104,15 +104,17 @@ def context(
         try:
             measured = list(conversations(
                 trace, prefixes=prefixes, after=loaded_after[0], cover=cover, phase=phase,
-                layers=chosen, most=tokens,
+                layers=chosen, key=pair or "pair", requests=named, most=tokens,
             ))  # fmt: skip
             of_expert = {x.info.layer: bytes_of(x.info, dtype.value, expert_mb) for x in measured}
             said["phases"] = context_page.phases(
-                measured, of_expert, loaded_after[0], resident, bandwidth
+                measured, of_expert, prefixes, loaded_after[0], resident, bandwidth
             )
+            asked = one_run(trace).phases if phase is None else [phase]
+            said["too_short"] = [x for x in asked if x not in {y.phase for y in measured}]
         except QueryError as e:
             refused.append(e)
-            said |= {"phases": [], "no_conversations": str(e)}
+            said |= {"phases": [], "too_short": [], "no_conversations": str(e)}
         try:
             found = paired(
                 trace, key=pair or "pair", variant=variant or "variant", requests=named,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moe_lens.commands.arguments import Layers, Run, numbers
-from moe_lens.commands.parts_bar import progress_bar
-from moe_lens.commands.user_code import load, load_batches, load_model
+from moe_lens.commands.measuring import measuring
+from moe_lens.commands.user_code import load_batches, load_loss, load_model
 from moe_lens.errors import CommandError
 from moe_lens.numbers import finite
 
@@ -76,12 +75,11 @@ def counterfactual(
 
         found = read_result(run, name)
     else:
+        from moe_lens.trace.schema import COUNTERFACTUAL
+
         chosen = None if layers is None else numbers(layers, "--layers")
         some = None if experts is None else numbers(experts, "--experts")
-        # Read when torch is loaded: its threads, spinning while they wait for each other, cost
-        # several times the work where anything else runs on the machine.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        with progress_bar("counterfactual") as on_progress:  # first: importing torch takes seconds
+        with measuring(run, COUNTERFACTUAL, name, model, data) as on_progress:
             from moe_lens_hooks.steering.counterfactual import counterfactual as measure
             from moe_lens_hooks.steering.token_losses import next_token_loss
 
@@ -89,7 +87,7 @@ def counterfactual(
                 load_model(model),
                 load_batches(data),
                 run,
-                loss=next_token_loss if loss is None else load(loss, "--loss"),
+                loss=next_token_loss if loss is None else load_loss(loss),
                 layers=chosen,
                 experts=some,
                 tokens=tokens,

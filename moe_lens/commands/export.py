@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from moe_lens.commands.arguments import Layers, Phase, Run, Steps, numbers, range_of
+from moe_lens.numbers import counted
 
 _NAMED = 5
 """Sequences that are named of those that were left out for one reason."""
@@ -76,10 +77,10 @@ def export(
         force=force,
     )
     if done.format in COUNTS:
-        typer.echo(f"{done.out}: {done.choices:,} choices counted")
+        typer.echo(f"{done.out}: {counted(done.choices, 'choice')} counted")
         return
-    sequences = "1 sequence" if done.sequences == 1 else f"{done.sequences:,} sequences"
-    typer.echo(f"{done.out}: {sequences}, {done.tokens:,} tokens")
+    sequences, tokens = counted(done.sequences, "sequence"), counted(done.tokens, "token")
+    typer.echo(f"{done.out}: {sequences}, {tokens}")
     for reason, names in done.left_out.items():
         more = ", …" if len(names) > _NAMED else ""
         typer.echo(f"left out: {len(names):,} {reason}: {', '.join(names[:_NAMED])}{more}")

@@ -10,6 +10,7 @@ import typer
 
 from moe_lens.commands.arguments import numbers
 from moe_lens.errors import CommandError
+from moe_lens.numbers import counted
 
 if TYPE_CHECKING:
     from moe_lens.importers.importing import Imported
@@ -146,10 +147,10 @@ def _with_config(said: Given, config: Path) -> Given:
 
 
 def _lines(done: Imported) -> list[str]:
-    forwards = f"{done.passes:,} forward{'s' * (done.passes != 1)}"
     lines = [
-        f"{done.run}: {done.tokens:,} tokens in {forwards}, "
-        f"{done.token_layers:,} routing decisions of a layer, read as {done.format}"
+        f"{done.run}: {counted(done.tokens, 'token')} in {counted(done.passes, 'forward')}, "
+        f"{counted(done.token_layers, 'routing decision')} (tokens times layers), "
+        f"read as {done.format}"
     ]
     if done.steps:
         lines.append(f"steps: {done.steps}")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moe_lens.commands.arguments import Layers, Run, numbers
-from moe_lens.commands.parts_bar import progress_bar
-from moe_lens.commands.user_code import load, load_batches, load_model
+from moe_lens.commands.measuring import measuring
+from moe_lens.commands.user_code import load_batches, load_loss, load_model
 from moe_lens.errors import CommandError
 from moe_lens.numbers import finite
 
@@ -74,10 +73,10 @@ def precision(
 
         found = read_result(run, name)
     else:
+        from moe_lens.trace.precision import PRECISION
+
         chosen = None if layers is None else numbers(layers, "--layers")
-        # As in counterfactual: threads that spin while they wait cost several times the work.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        with progress_bar("precision") as on_progress:  # first: importing torch takes seconds
+        with measuring(run, PRECISION, name, model, data) as on_progress:
             from moe_lens_hooks.steering.precision import precision as measure
             from moe_lens_hooks.steering.token_losses import next_token_loss
 
@@ -85,7 +84,7 @@ def precision(
                 load_model(model),
                 load_batches(data),
                 run,
-                loss=next_token_loss if loss is None else load(loss, "--loss"),
+                loss=next_token_loss if loss is None else load_loss(loss),
                 formats=_names(formats),
                 parts=_names(parts),  # type: ignore[arg-type]  # it says which there are
                 layers=chosen,

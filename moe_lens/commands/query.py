@@ -80,6 +80,12 @@ def query(
         replays = text != "replay_layers" or trace.sql("select 1 from replay limit 1").rows()
     if not replays:
         typer.echo(f"{run} holds no result of a replay: moe-lens replay {run} makes one.", err=True)
+    if text == "hottest_experts" and not len(answer):
+        typer.echo(
+            f"No tag chose an expert {parameters.get('min_routed', '100')} times: lower it with "
+            "--param min_routed=1.",
+            err=True,
+        )
     for path in damaged:
         typer.echo(f"left out, damaged: {path}", err=True)
     if chosen is Format.parquet:

@@ -181,6 +181,7 @@ def _summary(recording: Recording) -> str:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
+    from moe_lens.numbers import counted
     from moe_lens.trace.layout import segments
 
     files = segments(recording.path, "steps", recording.rank).values()
@@ -191,7 +192,7 @@ def _summary(recording: Recording) -> str:
     whose = f"rank 0 of {recording.world}: " if recording.world > 1 else ""
     wrong = f", {breaches} breaches (moe-lens info says which)" if breaches else ""
     return (
-        f"{whose}{steps:,} steps, {tokens:,} tokens{wrong} in {recording.path}; "
+        f"{whose}{counted(steps, 'step')}, {counted(tokens, 'token')}{wrong} in {recording.path}; "
         f"next: moe-lens report {recording.path}"
     )
 

@@ -42,6 +42,6 @@ def order_change(table: pd.DataFrame) -> go.Figure:
     )
     layered(made, by_place, "first", "set_changed", last, form=".3~%")
     made.update_layout(hovermode="x unified")
-    made.update_xaxes(title_text="tokens since the cut (octaves, from)")
+    made.update_xaxes(title_text="tokens since the cut (from 0, 1, 2, 4, 8, … on)")
     made.update_yaxes(title_text="tokens with another set", tickformat=".2~%", range=[0, 1.02])
     return made

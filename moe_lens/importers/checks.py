@@ -49,8 +49,9 @@ def check_ids(ids_LTK: Ids, outputs: int, *, dynamic: bool, layers: list[int], w
     if high >= outputs:
         place, odd = _first(ids_LTK, ids_LTK >= outputs, layers)
         raise ImportRefused(
-            f"{where}, {place}: expert {odd} of {outputs}. If these are physical ids (replicas), "
-            "the file must bring its map to logical ones; else say --experts."
+            f"{where}, {place}: expert {odd} of {outputs}. Ids run from 0 to {outputs - 1}: if "
+            "these are physical ones (replicas), the file must hold their map to logical ones too; "
+            "if the model has more experts, say how many with --experts."
             if high < 4 * outputs
             else f"{where}, {place}: expert {odd} of {outputs}: this is no expert id."
         )

@@ -26,6 +26,9 @@ from moe_lens.trace.schema import UNTAGGED
 MOST_EXPERTS = 1 << 20
 """Of a layer: a number above is a damaged one, and counts of so many would fill the memory."""
 
+_EXPORTED = ("index.json", "arrays")
+"""What a folder holds that was exported as arrays."""
+
 
 @dataclass
 class Imported:
@@ -92,6 +95,11 @@ def import_trace(
         raise ImportRefused(f"{path} does not exist.")
     if path.resolve().is_relative_to(out.resolve()):
         raise ImportRefused(f"{path} lies in {out}, which would be replaced: name another folder.")
+    if (path / _EXPORTED[0]).is_file() and (path / _EXPORTED[1]).is_dir():
+        raise ImportRefused(
+            f"{path} is what moe-lens export --format npy writes: its routing is in "
+            f"{path / _EXPORTED[1]}. Import that folder, and say --experts."
+        )
     name = format or format_of(path)
     source = format_named(name).open_source(path, given)
     _check_source(source, path)

@@ -64,16 +64,25 @@ def common_blocks(a_N: Ints, b_M: Ints, least: int = LEAST) -> list[Block]:
     return sorted(found)
 
 
+def blocks_at(a_N: Ints, b_M: Ints, shift: int) -> list[Block]:
+    """Stretches of the same ids, of any length, whose place in b is that in a plus the shift."""
+    return [Block(*x) for x in _at(a_N, b_M, shift, 1)]
+
+
 def _stretches(a_N: Ints, b_M: Ints, least: int) -> Iterator[tuple[int, int, int]]:
     """Every common stretch that cannot be made longer: where in a, where in b, tokens."""
     for shift in range(1 - len(a_N), len(b_M)):
-        first = max(0, -shift)
-        a = a_N[first : len(b_M) - shift]
-        same = a == b_M[first + shift : first + shift + len(a)]
-        if np.count_nonzero(same) >= least:
-            for begin, end in _runs(same):
-                if end - begin >= least:
-                    yield first + begin, first + shift + begin, end - begin
+        yield from _at(a_N, b_M, shift, least)
+
+
+def _at(a_N: Ints, b_M: Ints, shift: int, least: int) -> Iterator[tuple[int, int, int]]:
+    first = max(0, -shift)
+    a = a_N[first : len(b_M) - shift]
+    same = a == b_M[first + shift : first + shift + len(a)]
+    if np.count_nonzero(same) >= least:
+        for begin, end in _runs(same):
+            if end - begin >= least:
+                yield first + begin, first + shift + begin, end - begin
 
 
 def _runs(is_in: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> list[tuple[int, int]]:

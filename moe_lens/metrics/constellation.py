@@ -1,8 +1,9 @@
 """How much of a conversation's later routing its beginning foretells: recall, for every m.
 
 A constellation is the m experts of a layer that the first tokens of a sequence chose most. Beside
-it stand as many experts that were most popular in the other sequences (never in its own), as many
-that the rest itself chooses most, which no m experts beat, and chance, m/E.
+it stand as many experts that were most popular in the other sequences (never in its own, nor in one
+that holds the same text), as many that the rest itself chooses most, which no m experts beat, and
+chance, m/E.
 
 Legend: S sequences, T tokens, E experts, m experts of the constellation.
 """
@@ -32,7 +33,8 @@ class Foretold:
         sequences: That go on after it.
         choices: After it, of all of them.
         recall: A row for m = 1 … E: `size` (m), the share of those choices among the m experts
-            named by each of `NAMED_BY`, and `chance` (m / E). Popularity is NaN for one sequence.
+            named by each of `NAMED_BY`, and `chance` (m / E). Popularity is NaN where there are no
+            other sequences.
         cover: The share of a prefix's choices that its smallest set was asked to take.
         covering: Experts of that set, mean over the sequences.
         covered: Recall of these sets, and of as many named otherwise: a value by name.
@@ -66,7 +68,11 @@ def after(tokens: Tokens, prefix: float) -> NDArray[np.bool_]:
 
 
 def foretold(
-    tokens: Tokens, counted_T: NDArray[np.bool_], prefix: float, cover: float = 0.9
+    tokens: Tokens,
+    counted_T: NDArray[np.bool_],
+    prefix: float,
+    cover: float = 0.9,
+    text_S: Ints | None = None,
 ) -> Foretold:
     """Recall of a layer's constellations on what comes after them.
 
@@ -78,12 +84,12 @@ def foretold(
             of a sequence is its first tokens, whatever their phase.
         prefix: As `after` says.
         cover: Share of the prefix's choices, above 0, up to 1.
+        text_S: As `popularity` says.
     """
     experts, after_T = tokens.experts, after(tokens, prefix)
     prefix_SE = counts(tokens, ~after_T)
     rest_SE = counts(tokens, after_T & counted_T)
-    own_SE = counts(tokens, counted_T)
-    popular_SE = own_SE.sum(0) - own_SE
+    popular_SE = popularity(counts(tokens, counted_T), text_S)
     asked_S = (rest_SE.sum(1) > 0) & (prefix_SE.sum(1) > 0)
     prefix_SE, rest_SE, popular_SE = (x[asked_S] for x in (prefix_SE, rest_SE, popular_SE))
     choices = int(rest_SE.sum())
@@ -128,6 +134,21 @@ def by_beginning(found: Iterable[Foretold], size: int) -> pd.DataFrame:
     ]  # fmt: skip
     columns = ["tokens", "size", *NAMED_BY, "chance"]
     return pd.DataFrame(rows, columns=columns).astype({"size": int})
+
+
+def popularity(own_SE: Ints, text_S: Ints | None = None) -> Ints:
+    """`[S, E]`: choices of each expert by all sequences but those of one text with this one.
+
+    Args:
+        own_SE: Choices by each sequence.
+        text_S: The same number, from 0, for sequences that hold one text, in whatever order: the
+            one would else foretell the other. None: each holds another.
+    """
+    if text_S is None:
+        text_S = np.arange(len(own_SE))
+    of_text = np.zeros((int(text_S.max(initial=-1)) + 1, own_SE.shape[1]), np.int64)
+    np.add.at(of_text, text_S, own_SE)
+    return np.asarray(own_SE.sum(0) - of_text[text_S], np.int64)
 
 
 def orders(counts_SE: Ints, ties_SE: Ints) -> NDArray[np.intp]:

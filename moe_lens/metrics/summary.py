@@ -127,11 +127,20 @@ def by_tag(layers: Sequence[Layer]) -> list[Row]:
     ]  # fmt: skip
 
 
-def answers(phase: str, layers: Sequence[Layer], size: int, gb_per_s: float) -> list[str]:
-    """What matters, in sentences: hits, waiting, conversations, prefetch, grouping."""
+def size_for(layers: Sequence[Layer], policy: str, wanted: float) -> int | None:
+    """The smallest cache with this hit rate over all layers; None: no cache has it."""
+    sizes = range(smallest(layers), max(each.memory.experts for each in layers) + 1)
+    return next((m for m in sizes if hit_rate(layers, policy, m) >= wanted), None)
+
+
+def answers(
+    phase: str, layers: Sequence[Layer], size: int, gb_per_s: float, wanted: float = 0.9
+) -> list[str]:
+    """What matters, in sentences: hits, waiting, sizes, conversations, prefetch, grouping."""
     said = [_hits(phase, layers, size)]
     if size >= smallest(layers) and not _whole(layers):
         said.append(_waiting(layers, size, gb_per_s))
+        said.append(_sizes(layers, wanted))
     rows = by_layer(layers, size, gb_per_s)
     said += [_conversations(layers, rows), _prefetch(rows)]
     groups = by_tag(layers)
@@ -170,6 +179,17 @@ def _waiting(layers: Sequence[Layer], size: int, gb_per_s: float) -> str:
     return (
         f"{text}: {_time(lru)} at {gb_per_s:g} GB/s, if nothing hides it "
         f"(the optimum: {_time(best)})."
+    )
+
+
+def _sizes(layers: Sequence[Layer], wanted: float) -> str:
+    lru, best = (size_for(layers, policy, wanted) for policy in ("lru", "optimum"))
+    if lru is None or best is None:
+        return f"No cache hits {percent(wanted)}: experts that come for the first time are loaded."
+    experts = _range(layers, lambda m: m.experts)
+    return (
+        f"To hit {percent(wanted)} LRU takes {lru} of {experts} experts resident per layer, the "
+        f"optimum {best}."
     )
 
 

@@ -2,7 +2,7 @@
 
 Least recently used leaves first, always; what is resident before the first token that counts (the
 first after the beginning; of decoding, the first after the prompt) differs. `cold`: nothing.
-`popularity`: the M experts most popular in the other sequences. `prefix`: the M that the first
+`popularity`: the M experts most popular in sequences of other texts. `prefix`: the M that the first
 tokens of the sequence chose most. `kept`: what serving all earlier tokens left there, which asks
 for no load ahead. `optimum`: any M experts, and the future known; no beginning loads less.
 
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from moe_lens.metrics.accesses import Accesses, Ints
 from moe_lens.metrics.cache import optimum_hits, recency
-from moe_lens.metrics.constellation import after, counts, orders
+from moe_lens.metrics.constellation import after, counts, orders, popularity
 from moe_lens.metrics.stack import hits_by_size, stack_places
 from moe_lens.metrics.tokens import Tokens
 
@@ -37,7 +37,7 @@ class Loads:
         tokens: Of the phase that is counted, after it.
         requests: Experts that these ask for.
         loads: A row for each M from the largest access to E: `size` (M), and for each of `STARTS`
-            the loads of all sequences; popularity is NaN for one sequence.
+            the loads of all sequences; popularity is NaN where there are no others.
     """
 
     prefix: float
@@ -47,7 +47,9 @@ class Loads:
     loads: pd.DataFrame
 
 
-def loads(tokens: Tokens, counted_T: NDArray[np.bool_], prefix: float) -> Loads:
+def loads(
+    tokens: Tokens, counted_T: NDArray[np.bool_], prefix: float, text_S: Ints | None = None
+) -> Loads:
     """Loads of one layer's cache, sequence by sequence, one token after another.
 
     Loading ahead is no load here: it costs up to M of them a sequence, while nobody waits.
@@ -56,10 +58,10 @@ def loads(tokens: Tokens, counted_T: NDArray[np.bool_], prefix: float) -> Loads:
         tokens: Of one layer, whole sequences one after another.
         counted_T: Tokens of the phase whose loads are counted.
         prefix: Of the beginning, as `constellation.after` says.
+        text_S: As `constellation.popularity` says.
     """
     experts, after_T = tokens.experts, after(tokens, prefix)
-    own_SE = counts(tokens, counted_T)
-    popular_SE = own_SE.sum(0) - own_SE
+    popular_SE = popularity(counts(tokens, counted_T), text_S)
     prefix_SE = counts(tokens, ~after_T)
     first_SE = {
         "popularity": orders(popular_SE, np.zeros_like(popular_SE)),

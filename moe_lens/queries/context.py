@@ -7,23 +7,25 @@ Asks `token_experts` and `sequence_starts` layer by layer and hands the answers 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
 from moe_lens.errors import QueryError
 from moe_lens.metrics.constellation import Foretold, foretold
 from moe_lens.metrics.tokens import Tokens, tokens_of
 from moe_lens.metrics.warm_start import Loads, loads
 from moe_lens.queries.memory import MOST, chosen_layers
+from moe_lens.queries.pairing import KEY, texts
 from moe_lens.queries.session import Trace, one_run
 
 if TYPE_CHECKING:
-    import pandas as pd
     from numpy.typing import NDArray
 
+    from moe_lens.metrics.accesses import Ints
     from moe_lens.trace.meta import LayerInfo
 
 PREFIXES = (16, 32, 64, 128)
@@ -66,6 +68,8 @@ def conversations(
     cover: float = 0.9,
     phase: str | None = None,
     layers: Collection[int] | None = None,
+    key: str = KEY,
+    requests: Sequence[tuple[str, str]] = (),
     most: int | None = MOST,
 ) -> Iterator[LayerContext]:
     """Measure the layers of a run, phase by phase.
@@ -78,6 +82,9 @@ def conversations(
         phase: Only this one; None: each that has kept rows, apart. Prefill and decode are one
             conversation, whose beginning is in the prompt.
         layers: Only these; None: all but those whose experts choose their tokens.
+        key: Column of `sequences` that sequences of one text share, if there is one: popularity
+            is of other texts.
+        requests: Pairs of request ids that are of one text, in place of the column.
         most: Tokens of a layer to look at; None: all.
 
     Yields:
@@ -88,13 +95,14 @@ def conversations(
             sequence that is long enough; or the trace has several runs.
         ValueError: A prefix or a share is not one.
     """
-    prefixes = sorted({*prefixes, after})
+    prefixes = sorted({*prefixes, after}, key=tokens_first)
     for value in prefixes:
         _is_prefix(value)
     if not 0 < cover <= 1:
         raise ValueError(f"cover must be above 0, up to 1; got {cover:g}")
     run = one_run(trace)
     chosen = chosen_layers(run, layers)
+    of_pair = texts(trace, key, requests)
     found = False
     for of in _together(run.phases if phase is None else [phase], run.phases):
         asked = of[0] if len(of) == 1 else None
@@ -102,9 +110,9 @@ def conversations(
             rows = trace.query(
                 "token_experts", layer=info.layer, phase=asked, by="sequence", most=most
             ).df()
-            tokens, phase_T, headless = _tokens(trace, rows, info, of)
+            tokens, phase_T, text_S, headless = _tokens(trace, rows, info, of, of_pair)
             for each in of if phase is None else [phase]:
-                if measured := _measured(tokens, phase_T == each, prefixes, after, cover):
+                if measured := _measured(tokens, phase_T == each, text_S, prefixes, after, cover):
                     found = True
                     yield LayerContext(
                         each, info, len(tokens), len(tokens.begins()), headless, tokens.top_k,
@@ -112,12 +120,17 @@ def conversations(
                     )  # fmt: skip
     if not found:
         there = "" if phase is None else f" of phase {phase!r} (phases: {', '.join(run.phases)})"
-        least = ", ".join(f"{x:g}" for x in prefixes)
+        least = ", ".join(f"{x:g}" if x >= 1 else f"{100 * x:g} %" for x in prefixes)
         longer = "" if run.imported else ", or record longer sequences"
         raise QueryError(
             f"No sequence{there} with rows from its first token on goes on after a beginning of "
             f"{least} tokens: give smaller ones (--prefix 4,8){longer}."
         )
+
+
+def tokens_first(prefix: float) -> tuple[bool, float]:
+    """What beginnings are sorted by: those in tokens, then those in shares of a sequence."""
+    return prefix < 1, prefix
 
 
 def _is_prefix(value: float) -> None:
@@ -133,21 +146,25 @@ def _together(phases: list[str], there: list[str]) -> list[tuple[str, ...]]:
 
 
 def _measured(
-    tokens: Tokens, counted_T: NDArray[np.bool_], prefixes: Sequence[float], after: float,
-    cover: float,
+    tokens: Tokens, counted_T: NDArray[np.bool_], text_S: Ints, prefixes: Sequence[float],
+    after: float, cover: float,
 ) -> tuple[list[Foretold], Loads | None] | None:  # fmt: skip
-    made = [foretold(tokens, counted_T, x, cover) for x in prefixes]
+    made = [foretold(tokens, counted_T, x, cover, text_S) for x in prefixes]
     made = [x for x in made if x.sequences]
-    loaded = loads(tokens, counted_T, after)
+    loaded = loads(tokens, counted_T, after, text_S)
     if not made and not loaded.sequences:
         return None
     return made, loaded if loaded.sequences else None
 
 
 def _tokens(
-    trace: Trace, rows: pd.DataFrame, info: LayerInfo, phases: tuple[str, ...]
-) -> tuple[Tokens, NDArray[np.object_], int]:
-    """Tokens of sequences whose first token has rows, the phase of each; sequences left out."""
+    trace: Trace,
+    rows: pd.DataFrame,
+    info: LayerInfo,
+    phases: tuple[str, ...],
+    of_pair: Mapping[tuple[int, int], str],
+) -> tuple[Tokens, NDArray[np.object_], Ints, int]:
+    """Tokens of sequences whose first token has rows, their phases; texts; sequences left out."""
     key = ["rank", "step", "forward"]
     steps = trace.table("steps").df()[[*key, "phase"]].drop_duplicates(key)
     rows = rows.merge(steps, how="left", on=key)
@@ -158,4 +175,8 @@ def _tokens(
     whole = rows[rows["first_position"] == 0].reset_index(drop=True)
     headless = rows[rows["first_position"] > 0].groupby(["rank", "sequence"]).ngroups
     tokens = tokens_of(whole, info.experts)
-    return tokens, whole.drop_duplicates("nth")["phase"].to_numpy(object), headless
+    phase_T = whole.drop_duplicates("nth")["phase"].to_numpy(object)
+    heads = whole.drop_duplicates(["rank", "sequence"])
+    where = list(zip(heads["rank"], heads["sequence"], strict=True))
+    text_S = pd.factorize(pd.Series([of_pair.get(x, x) for x in where], dtype=object))[0]
+    return tokens, phase_T, np.asarray(text_S, np.int64), headless

@@ -197,7 +197,8 @@ def _same_tokens(trace: Trace, a: str, b: str, asked: dict[str, str | None]) -> 
             parts.append(f"{alone:,} tokens are in {name} alone (as {first})")
     if parts:
         advice = (
-            'Runs that were cut into other forwards align with by="position".'
+            "Runs that were cut into other forwards are aligned by sequence and position: "
+            '--by position, in Python by="position".'
             if asked["by"] == "token"
             else "Give the same sequences the same request ids: rec.step(sequences=[...])."
         )

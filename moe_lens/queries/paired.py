@@ -30,7 +30,15 @@ from moe_lens.metrics.specialisation import context_independence
 from moe_lens.queries import along
 from moe_lens.queries.evidence import MOST
 from moe_lens.queries.memory import chosen_layers
-from moe_lens.queries.pairing import ALIGN, Align, aligned_positions, groups, named_pairs
+from moe_lens.queries.pairing import (
+    ALIGN,
+    KEY,
+    VARIANT,
+    Align,
+    aligned_positions,
+    groups,
+    named_pairs,
+)
 from moe_lens.queries.session import Trace, one_run
 
 if TYPE_CHECKING:
@@ -69,8 +77,8 @@ class Paired:
 def paired(
     trace: Trace,
     *,
-    key: str = "pair",
-    variant: str = "variant",
+    key: str = KEY,
+    variant: str = VARIANT,
     requests: Sequence[tuple[str, str]] = (),
     align: Align = "ids",
     phase: str | None = None,
@@ -84,12 +92,12 @@ def paired(
         trace: One run.
         key: Column of `sequences` whose value the sequences of a pair share; of three or more each
             is compared with the first.
-        variant: Column that orders them, if there is one; then by rank and number.
+        variant: Column that orders them; where there is no `variant`, rank and number do.
         requests: Pairs of request ids, in place of the column.
         align: "ids": by token ids, as `metrics.alignment` says; "position": the same position;
-            "end": the same distance from the end; or blocks of each pair (by its value, or
-            `first=second`): [first position in a, first in b, tokens].
-        phase: Only tokens of this phase.
+            "end": the same distance from the end, of the same id where ids are known; or blocks of
+            each pair (by its value, or `first=second`): [first position in a, first in b, tokens].
+        phase: Compare only tokens of this phase. What is the same is asked of whole sequences.
         layers: Only these; None: all but those whose experts choose their tokens.
         pairs: How many to look at.
         most: Tokens of other sequences to look at; None: all.
@@ -118,7 +126,11 @@ def paired(
         own = trace.query("sequence_choices", **asked, **here, most=None).df()
         others = trace.query("sequence_choices", phase=phase, **here, most=most).df()
         if info.stream not in aligned:
-            aligned[info.stream], pairs_said = aligned_positions(run, taken, own, align)
+            whole = own
+            if phase is not None:
+                whole = trace.query("sequence_choices", **asked | {"phase": None}, **here,
+                                    most=None).df()  # fmt: skip
+            aligned[info.stream], pairs_said = aligned_positions(run, taken, whole, align)
             said.append(pairs_said)
         layer, row = _compared(info, taken, aligned[info.stream], own, others, of_pair)
         tokens.append(layer)

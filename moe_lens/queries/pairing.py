@@ -14,7 +14,7 @@ import pandas as pd
 
 from moe_lens.errors import QueryError
 from moe_lens.lacking import not_there
-from moe_lens.metrics.alignment import Block, common_blocks
+from moe_lens.metrics.alignment import Block, blocks_at, common_blocks
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from moe_lens.queries.info import RunInfo
     from moe_lens.queries.session import Trace
 
+KEY, VARIANT = "pair", "variant"
+"""Columns of `sequences` that name a pair, and order it."""
 ALIGN = ("ids", "position", "end")
 Align = str | Mapping[str, Sequence[Sequence[int]]]
 
@@ -36,8 +38,7 @@ def named_pairs(
     trace: Trace, run: RunInfo, key: str, variant: str, requests: Sequence[tuple[str, str]]
 ) -> pd.DataFrame:
     """Which sequences belong together: pair, rank and sequence of a and b, whether variants are."""
-    known = trace.table("sequences").df().drop_duplicates(["rank", "sequence"], keep="last")
-    known = known.sort_values(["rank", "sequence"])
+    known = _sequences(trace)
     groups = _by_request(known, requests) if requests else _by_key(known, run, key, variant)
     named = [
         {"pair": name, "rank_a": a["rank"], "sequence_a": a["sequence"],
@@ -48,6 +49,30 @@ def named_pairs(
     return pd.DataFrame(named)
 
 
+def texts(
+    trace: Trace, key: str, requests: Sequence[tuple[str, str]]
+) -> dict[tuple[int, int], str]:
+    """Of each (rank, sequence) that belongs to a pair: what its pair is called."""
+    known = _sequences(trace)
+    of_request: dict[str, str] = {}
+    for a, b in requests:
+        of_request[a] = of_request[b] = of_request.get(a) or of_request.get(b) or a
+    if requests:
+        named = known["request"].map(of_request)
+    elif key in known.columns and key not in _OURS:
+        named = known[key]
+    else:
+        return {}
+    known = known[named.notna()]
+    return dict(zip(zip(known["rank"], known["sequence"], strict=True),
+                    named.dropna().map(str), strict=True))  # fmt: skip
+
+
+def _sequences(trace: Trace) -> pd.DataFrame:
+    known = trace.table("sequences").df().drop_duplicates(["rank", "sequence"], keep="last")
+    return known.sort_values(["rank", "sequence"])
+
+
 def _by_request(
     known: pd.DataFrame, requests: Sequence[tuple[str, str]]
 ) -> list[tuple[str, list[dict[str, Any]]]]:
@@ -56,6 +81,11 @@ def _by_request(
         if name not in rows:
             raise QueryError(
                 f"No sequence with rows has the request id {name!r} ({len(rows)} have one)."
+            )
+        if (n := int((known["request"] == name).sum())) > 1:
+            raise QueryError(
+                f"The request id {name!r} is of {n} sequences: which is meant is not clear. Pair "
+                "them by a key of their own (--pair)."
             )
     return [(f"{a}={b}", [_texts(rows[a]), _texts(rows[b])]) for a, b in requests]
 
@@ -68,6 +98,11 @@ def _by_key(
         there = f" (it has {', '.join(own)})" if own else ""
         how = f": {not_there(run, 'sequences')}." if run.imported else f". {HOW}"
         raise QueryError(f"This trace has no pairs: no column {key!r} of `sequences`{there}{how}")
+    if variant not in own and variant != VARIANT:
+        raise QueryError(
+            f"There is no column {variant!r} of `sequences` to order pairs by (it has "
+            f"{', '.join(own)})."
+        )
     rows = known[known[key].notna()]
     by = [variant, "rank", "sequence"] if variant in own else ["rank", "sequence"]
     groups = [
@@ -104,7 +139,8 @@ def aligned_positions(
     run: RunInfo, named: pd.DataFrame, own: pd.DataFrame, align: Align
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Aligned positions of a stream, and what is said of each pair."""
-    if align == "ids" and own["token_id"].isna().any():
+    has_ids = not own["token_id"].isna().any()
+    if align == "ids" and not has_ids:
         how = "record with moe_lens.record(..., token_ids=True), or declare another alignment"
         why = not_there(run, "token ids", otherwise=f"{how}: --align position, end, or blocks")
         raise QueryError(f"Pairs are aligned by token ids, and these rows have none: {why}.")
@@ -117,8 +153,10 @@ def aligned_positions(
     parts_, said = [], []
     for number, row in enumerate(named.to_dict("records")):
         a, b = (known.get((row[f"rank_{x}"], row[f"sequence_{x}"]), nothing) for x in "ab")
-        blocks = _blocks(a, b, row["pair"], align)
-        whole = _is_whole(blocks, a, b) and (align == "ids" or row["same"])
+        blocks = _blocks(a, b, row["pair"], align, has_ids)
+        whole = _is_whole(blocks, a, b, row["same"]) and (align == "ids" or row["same"])
+        # Without ids nothing says where the two begin to differ: each token may be after it.
+        from_0 = not isinstance(align, str) or has_ids
         position_a = _positions(blocks, "a")
         parts_.append(pd.DataFrame({
             "number": number, "pair": row["pair"], "same": whole,
@@ -126,7 +164,8 @@ def aligned_positions(
             "rank_b": row["rank_b"], "sequence_b": row["sequence_b"],
             "position": position_a, "position_b": _positions(blocks, "b"),
             "distance": np.concatenate(
-                [np.full(x.size, -1) if x.a == x.b == 0 else np.arange(x.size) for x in blocks]
+                [np.full(x.size, -1) if from_0 and x.a == x.b == 0 else np.arange(x.size)
+                 for x in blocks]
                 or [np.empty(0)]).astype(np.int64),
         }))  # fmt: skip
         said.append({**row, "same": whole, "tokens_a": len(a), "tokens_b": len(b),
@@ -134,17 +173,18 @@ def aligned_positions(
     return pd.concat(parts_, ignore_index=True), pd.DataFrame(said)
 
 
-def _blocks(a: pd.DataFrame, b: pd.DataFrame, pair: str, align: Align) -> list[Block]:
+def _blocks(
+    a: pd.DataFrame, b: pd.DataFrame, pair: str, align: Align, has_ids: bool
+) -> list[Block]:
     end_a, end_b = (int(x["position"].max()) + 1 if len(x) else 0 for x in (a, b))
     size = min(end_a, end_b)
-    if align == "position":
-        return [Block(0, 0, size)]
-    if align == "end":
-        return [Block(end_a - size, end_b - size, size)]
-    if align == "ids":
+    shift = end_b - end_a if align == "end" else 0
+    if align in ("position", "end") and not has_ids:
+        return [Block(max(0, -shift), max(0, shift), size)]
+    if isinstance(align, str):
         # Positions without a row are alike nowhere.
-        return common_blocks(_filled(a, end_a, -1), _filled(b, end_b, -2))
-    assert not isinstance(align, str)
+        ids_a, ids_b = _filled(a, end_a, -1), _filled(b, end_b, -2)
+        return common_blocks(ids_a, ids_b) if align == "ids" else blocks_at(ids_a, ids_b, shift)
     made = []
     for block in align.get(pair, ()):
         if len(block) != 3 or min(block) < 0 or block[0] + block[2] > end_a or (
@@ -170,6 +210,13 @@ def _positions(blocks: list[Block], side: str) -> NDArray[np.int64]:
     ).astype(np.int64)
 
 
-def _is_whole(blocks: list[Block], a: pd.DataFrame, b: pd.DataFrame) -> bool:
-    one = len(blocks) == 1 and blocks[0].a == blocks[0].b == 0
-    return one and blocks[0].size == len(a) == len(b) > 0
+def _is_whole(blocks: list[Block], a: pd.DataFrame, b: pd.DataFrame, same: bool) -> bool:
+    """All rows of both are one block: from the first token, or of what is said to be the same."""
+    if len(blocks) != 1 or not len(a) or not len(b):
+        return False
+    (block,) = blocks
+    begins = {block.a, block.b} == {0} or (same and block.a == block.b)
+    rows = a["position"], b["position"]
+    return begins and all(
+        x.min() >= block.a and x.max() < block.a + block.size for x in rows
+    )  # fmt: skip

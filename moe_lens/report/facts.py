@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moe_lens.lacking import not_there
-from moe_lens.numbers import count, digits, percent, times
+from moe_lens.numbers import count, counted, digits, percent, times
 from moe_lens.queries.info import size
 from moe_lens.report.answers import Answers, total
 
@@ -11,7 +11,7 @@ from moe_lens.report.answers import Answers, total
 def facts(answers: Answers) -> dict[str, str]:
     """What was recorded, and one line each on load and drops; those without text left out."""
     info = answers.info
-    steps = f"{count(info.steps)} steps, {count(info.forwards)} forwards"
+    steps = f"{counted(info.steps, 'step')}, {counted(info.forwards, 'forward')}"
     if info.first_step is not None:
         steps += f" (steps {count(info.first_step)} to {count(info.last_step)})"
     if info.made_steps:
@@ -41,11 +41,11 @@ def facts(answers: Answers) -> dict[str, str]:
 def checks(answers: Answers) -> list[tuple[bool, str]]:
     """One line a check: whether it is fine, and what it found."""
     info, rows = answers.info, answers.health
-    forwards, breaches = count(total(rows, "forwards")), total(rows, "breaches")
+    forwards, breaches = counted(total(rows, "forwards"), "forward"), total(rows, "breaches")
     expected, seen = total(rows, "fires_expected"), total(rows, "fires_seen")
     lost = total(rows, "lost_rows")
-    held = f"invariants hold in all of {forwards} forwards"
-    broke = f"{count(breaches)} breaches of an invariant in {forwards} forwards"
+    held = f"invariants hold in all of {forwards}"
+    broke = f"{count(breaches)} breach{'es' * (breaches != 1)} of an invariant in {forwards}"
     blocks = f"routing seen in {count(seen)} of {count(expected)} MoE blocks entered"
     lines = [(breaches == 0, broke if breaches else held)]
     if info.imported:
@@ -69,7 +69,7 @@ def checks(answers: Answers) -> list[tuple[bool, str]]:
 def _phases(answers: Answers) -> list[str]:
     order = {phase: i for i, phase in enumerate(answers.phases)}
     rows = sorted(answers.health, key=lambda row: order.get(row["phase"], len(order)))
-    return [f"{row['phase']} ({count(row['forwards'])} forwards)" for row in rows]
+    return [f"{row['phase']} ({counted(row['forwards'], 'forward')})" for row in rows]
 
 
 def _load(answers: Answers) -> str:

@@ -71,7 +71,8 @@ def _sampled(phase: Said) -> list[str]:
 
 def _table(rows: list[Said], layers: list[Said]) -> RenderableType:
     made = table("metric")
-    add_numbers(made, *(head for x in layers for head in (f"layer {x['layer']}", "chance")))
+    for each in layers:
+        add_numbers(made, f"layer {each['layer']}", "chance")
     for metric in rows:
         cells = [x["metrics"][metric["name"]] for x in layers]
         add_row(made, metric["name"], *(text for cell in cells for text in _cells(cell)))
@@ -87,7 +88,8 @@ def _cells(cell: Said) -> tuple[str, str]:
 def _spans(rows: list[Said], layers: list[Said]) -> RenderableType:
     """Where there are more layers than columns: the lowest, the median, the highest."""
     made = table("metric")
-    add_numbers(made, "lowest", "layer", "median", "highest", "layer", "chance", "beyond it")
+    add_numbers(made, "lowest", "layer", "median", "highest", "layer")
+    add_numbers(made, "chance", "beyond it")
     for metric in rows:
         cells = [
             (x["layer"], cell)

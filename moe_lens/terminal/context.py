@@ -8,7 +8,7 @@ from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
-from moe_lens.numbers import count, decimal, percent
+from moe_lens.numbers import count, counted, decimal, percent
 from moe_lens.terminal.context_page import time_of, words_of
 from moe_lens.terminal.grid import add_numbers, add_row, notes, table
 from moe_lens.terminal.plain import print_plain
@@ -22,6 +22,11 @@ _STARTS = {
     "kept": "what was used before",
     "optimum": "the best, future known",
 }
+_NAMED_BY = ("itself", "popu-\nlarity", "best", "chance")
+
+_TOO_SHORT = (
+    "No sequence there with rows from its first token on goes on after one of these beginnings."
+)
 
 
 def print_context(console: Console, said: Row) -> None:
@@ -40,7 +45,10 @@ def print_context(console: Console, said: Row) -> None:
         print_plain(console, "", Text(why, style="yellow"))
     for phase in said["phases"]:
         print_plain(console, "")
-        _phase(console, phase, twins=said["pairs"] is not None)
+        _phase(console, phase)
+    if short := said["too_short"]:
+        why = f"Not measured: {', '.join(short)}. {_TOO_SHORT}"
+        print_plain(console, "", Text(why, style="yellow"))
 
 
 def _section(console: Console, title: str, body: RenderableType) -> None:
@@ -59,7 +67,7 @@ def _pairs(console: Console, said: Row) -> None:
         title = "Tokens whose set changed, by their distance from the cut before them"
         _section(console, title, _by_distance(said["by_distance"]))
     left = said["left_out"]
-    more = [f"{count(left)} further pairs were left out (--pairs)."] if left else []
+    more = [f"{counted(left, 'further pair')} left out (--pairs)."] if left else []
     explained = (
         "kept: mean of |A and B| / k, the same token in both prompts. same id: of tokens of other "
         "sequences; any two: of two tokens of the layer. JSD: between the loads of the two orders, "
@@ -71,8 +79,9 @@ def _pairs(console: Console, said: Row) -> None:
 
 def _by_layer(rows: list[Row]) -> RenderableType:
     made = table("layer")
-    add_numbers(made, "tokens", "kept", "same\nid", "any\ntwo", "chance", "set\nchanged")
-    add_numbers(made, "first\nchanged", "gates\nmoved", "JSD", "floor")
+    add_numbers(made, "tokens", "kept", "same\nid", "any\ntwo", "chance")
+    add_numbers(made, "set\nchanged", "first\nchanged", "gates\nmoved")
+    add_numbers(made, "JSD", "floor")
     for row in rows:
         names = ("overlap", "id_overlap", "random_overlap", "chance", "set_changed",
                  "first_changed", "weight_change")  # fmt: skip
@@ -105,35 +114,41 @@ def _by_distance(rows: list[Row]) -> RenderableType:
     return made
 
 
-def _phase(console: Console, phase: Row, *, twins: bool) -> None:
+def _phase(console: Console, phase: Row) -> None:
     print_plain(console, *(Text(answer, style="bold") for answer in phase["answers"]))
     if phase["prefixes"]:
         title = f"Choices after a beginning that are of the {phase['size']} experts named by"
         _section(console, title, _by_prefix(phase["prefixes"]))
+    if phase["prefixes"] and phase["after"] not in phase["too_long"]:
         _section(console, f"The same by layer, after {words_of(phase['after'])}",
                  _recall_by_layer(phase["layers"]))  # fmt: skip
     if phase["loads"]:
         title = f"Loads of a conversation, {phase['size']} resident, LRU that begins with"
         _section(console, title, _by_start(phase["loads"]))
     explained = [
-        f"{count(phase['tokens'])} tokens of {count(phase['sequences'])} sequences a layer. "
+        f"{counted(phase['tokens'], 'token')} of {counted(phase['sequences'], 'sequence')} "
+        "a layer. "
         "covering: the fewest experts that take their share of the beginning's choices, and the "
         "recall of as many named by each. ahead: loads before anybody waits. Popularity is of the "
-        "other sequences, never of its own."
+        "other sequences, never of its own or one of its pair."
     ]
-    if twins:
-        explained.append("Of a pair it knows the other one: ask a trace that holds no text twice.")
+    if phase["too_long"]:
+        explained.append(
+            f"No sequence goes on after {' or '.join(map(words_of, phase['too_long']))}."
+        )
+    if phase["after"] in phase["too_long"]:
+        explained.append("So nothing is said of loads: give a smaller --after.")
     if phase["headless"]:
         explained.append(
-            f"{count(phase['headless'])} sequences without their first tokens left out."
+            f"{counted(phase['headless'], 'sequence')} without the first tokens left out."
         )
     print_plain(console, Padding.indent(notes(*explained), 2))
 
 
 def _by_prefix(rows: list[Row]) -> RenderableType:
     made = table("beginning")
-    add_numbers(made, "sequences", "itself", "popu-\nlarity", "best", "chance", "covering\nexperts",
-                "itself", "popu-\nlarity", "best", "chance")  # fmt: skip
+    add_numbers(made, "sequences", *_NAMED_BY)
+    add_numbers(made, "covering\nexperts", *_NAMED_BY)
     for row in rows:
         place = row["beginning"]
         add_row(
@@ -147,7 +162,7 @@ def _by_prefix(rows: list[Row]) -> RenderableType:
 
 def _recall_by_layer(rows: list[Row]) -> RenderableType:
     made = table("layer")
-    add_numbers(made, "experts", "itself", "popu-\nlarity", "best", "chance", "covering\nexperts")
+    add_numbers(made, "experts", *_NAMED_BY, "covering\nexperts")
     for row in rows:
         add_row(
             made, str(row["layer"]), count(row["experts"]),
@@ -159,7 +174,8 @@ def _recall_by_layer(rows: list[Row]) -> RenderableType:
 
 def _by_start(rows: list[Row]) -> RenderableType:
     made = table("with")
-    add_numbers(made, "loads", "MB", "waits", "saved\nloads", "saved\nMB", "saved\ntime", "ahead")
+    add_numbers(made, "loads", "MB", "waits")
+    add_numbers(made, "saved\nloads", "saved\nMB", "saved\ntime", "ahead")
     for row in rows:
         add_row(
             made, _STARTS[row["start"]], decimal(row["loads"], 1), decimal(row["bytes"] / 1e6, 1),

@@ -14,6 +14,7 @@ from moe_lens.metrics.constellation import NAMED_BY, Foretold
 from moe_lens.metrics.stall import stall_seconds
 from moe_lens.metrics.warm_start import STARTS
 from moe_lens.numbers import NONE, count, decimal, percent
+from moe_lens.queries.context import tokens_first
 from moe_lens.terminal.units import digits, unit_of
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ _AHEAD = ("popularity", "prefix", "optimum")
 def phases(
     measured: Sequence[LayerContext],
     bytes_of: Mapping[int, float | None],
+    prefixes: Sequence[float],
     after: float,
     resident: int | None,
     gb_per_s: float,
@@ -38,7 +40,8 @@ def phases(
     Args:
         measured: Layers, phase by phase.
         bytes_of: Of an expert of each layer; None: not known.
-        after: The beginning that says what is loaded ahead.
+        prefixes: The beginnings that were asked for.
+        after: The one that says what is loaded ahead.
         resident: M; None: half of the experts of the smallest layer, or what a token needs.
         gb_per_s: Of the link.
 
@@ -48,8 +51,9 @@ def phases(
     by_phase: dict[str, list[LayerContext]] = {}
     for each in measured:
         by_phase.setdefault(each.phase, []).append(each)
+    asked = sorted({*prefixes, after}, key=tokens_first)
     return [
-        _phase(name, layers, bytes_of, after, resident, gb_per_s)
+        _phase(name, layers, bytes_of, asked, after, resident, gb_per_s)
         for name, layers in by_phase.items()
     ]
 
@@ -58,6 +62,7 @@ def _phase(
     name: str,
     layers: list[LayerContext],
     bytes_of: Mapping[int, float | None],
+    asked: list[float],
     after: float,
     resident: int | None,
     gb_per_s: float,
@@ -70,6 +75,7 @@ def _phase(
             f"--resident is from {least}, what a token of {name} needs, to {most}, the experts of "
             f"a layer; got {size}."
         )
+    known = {y.prefix for x in layers for y in x.foretold}
     said: Row = {
         "phase": name,
         "after": after,
@@ -80,8 +86,9 @@ def _phase(
         "headless": max(x.headless for x in layers),
         "prefixes": [
             _of_prefix([y for x in layers for y in x.foretold if y.prefix == prefix], size, prefix)
-            for prefix in sorted({y.prefix for x in layers for y in x.foretold})
+            for prefix in asked if prefix in known
         ],
+        "too_long": [prefix for prefix in asked if prefix not in known],
         "layers": [
             {"layer": x.info.layer, "experts": x.info.experts, "top_k": x.top_k,
              **_of_prefix([y for y in x.foretold if y.prefix == after], size, after)}

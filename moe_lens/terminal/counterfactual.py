@@ -8,7 +8,6 @@ from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
 from moe_lens.metrics.counterfactual import (
@@ -20,7 +19,7 @@ from moe_lens.metrics.counterfactual import (
     route_changes,
     route_regret,
 )
-from moe_lens.numbers import NONE, count, decimal, percent
+from moe_lens.numbers import NONE, count, counted, decimal, percent
 from moe_lens.terminal.grid import add_numbers, add_row, notes, table
 from moe_lens.terminal.plain import print_plain
 
@@ -40,8 +39,8 @@ def print_counterfactual(
         experts: How many of a layer are listed, those first that cost most to lose.
     """
     title = (
-        f"{about['model']}: {count(about['measured_tokens'])} tokens of "
-        f"{count(about['sequences'])} sequences"
+        f"{about['model']}: {counted(about['measured_tokens'], 'token')} of "
+        f"{counted(about['sequences'], 'sequence')}"
     )
     partly = " (interrupted: partial)" if about["interrupted"] else ""
     print_plain(console, "", Text(title, style="bold"))
@@ -59,7 +58,8 @@ def print_counterfactual(
 
 def _regret(columns: Columns) -> RenderableType | None:
     made = table("layer", "tokens")
-    add_numbers(made, "n", "regret", "± error", "> 0", "of a drawn\nroute", "mean\nroute")
+    add_numbers(made, "n", "regret", "± error", "> 0")
+    add_numbers(made, "of a drawn\nroute", "mean\nroute")
     add_numbers(made, "rank", "of", "beats\ndrawn")
     found = route_regret(columns)
     if found.empty:
@@ -89,8 +89,10 @@ def _experts(columns: Columns, about: dict[str, Any], most: int) -> RenderableTy
     if found.empty:
         return None
     made = table("layer", "expert")
-    add_numbers(made, "load", "load\nrank", "knocked out", "± error", "where used", "forced in")
-    made.add_column("")
+    add_numbers(made, "load", "load\nrank")
+    add_numbers(made, "knocked out", "± error", "where\nused")
+    add_numbers(made, "forced in")
+    made.add_column("", no_wrap=True)
     left = 0
     for layer, part in found.groupby("layer"):
         part = part.assign(load_rank=part.load.rank(ascending=False, method="min"))
@@ -105,7 +107,7 @@ def _experts(columns: Columns, about: dict[str, Any], most: int) -> RenderableTy
         f"others. dormant: below a quarter of a fair share; causal: where used, or forced in, "
         f"above {HIGH:g} times its layer's median, and beyond {BEYOND:g} errors."
     )
-    return Group(made, notes(said, f"{count(left)} experts are not listed." if left else ""))
+    return Group(made, notes(said, f"{counted(left, 'expert')} not listed." if left else ""))
 
 
 def _expert_cells(row: Mapping[Any, Any]) -> list[str | Text]:
@@ -126,7 +128,7 @@ def _changes(columns: Columns) -> RenderableType | None:
     found = route_changes(columns)
     if found.empty:
         return None
-    made: Table = table("layer", "change")
+    made = table("layer", "change")
     add_numbers(made, "loss", "cost", "± error", "tokens\nworse")
     for row in found.to_dict("records"):
         name = "runner-up last" if row["intervention"] == "runner_up" else f"top-{row['number']}"

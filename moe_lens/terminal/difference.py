@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_lens.numbers import NONE, count, decimal, percent
-from moe_lens.terminal.grid import NARROW, add_numbers, add_row, notes, table
+from moe_lens.terminal.grid import add_numbers, add_row, notes, table
 from moe_lens.terminal.plain import print_plain
 
 if TYPE_CHECKING:
@@ -69,8 +69,7 @@ def _where(row: dict[Any, Any]) -> str:
 
 
 def _layers(found: Difference, width: int) -> RenderableType:
-    wide = width >= NARROW
-    made = table("layer", tight=not wide)
+    made = table("layer")
     add_numbers(made, "tokens", "flipped", "top-1\nflipped", "overlap")
     add_numbers(made, "weights\nmean", "\nlargest")
     add_numbers(made, "margin\nmedian", "\nat flips", "first\nhere")

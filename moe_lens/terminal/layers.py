@@ -23,7 +23,7 @@ def balance(answers: Answers, width: int) -> RenderableType:
     """The table, and what its columns mean."""
     wide, room = width >= NARROW, width >= _ROOM
     confidence = {row["layer"]: row for row in answers.confidence}
-    made = table("layer", tight=not wide)
+    made = table("layer")
     add_numbers(made, "tokens", "router\nentropy", *(["top-1\nprob"] if wide else []))
     add_numbers(made, "load\nentropy", *(["effective\nexperts"] if room else []))
     add_numbers(made, "max/\nmean", "by\nchance", "dead", "dormant")

@@ -9,7 +9,7 @@ from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
-from moe_lens.numbers import count, decimal, percent
+from moe_lens.numbers import count, counted, decimal, percent
 from moe_lens.terminal.grid import add_numbers, add_row, notes, table
 from moe_lens.terminal.plain import print_plain
 
@@ -31,8 +31,8 @@ def print_phase(console: Console, phase: Row) -> None:
     """
     print_plain(console, *(Text(answer, style="bold") for answer in phase["answers"]))
     title = (
-        f"{phase['phase']}: up to {count(phase['tokens'])} tokens of {count(phase['sequences'])} "
-        "sequences a layer"
+        f"{phase['phase']}: up to {counted(phase['tokens'], 'token')} of "
+        f"{counted(phase['sequences'], 'sequence')} a layer"
     )
     print_plain(console, "", Text(title, style="bold"))
     if phase["sizes"]:
@@ -54,7 +54,8 @@ def _section(console: Console, title: str, body: RenderableType) -> None:
 def _sizes(rows: list[Row], phase: Row) -> RenderableType:
     made = table("experts")
     scale, unit = _unit(rows, "stall_lru_s")
-    add_numbers(made, *_HEADS, f"LRU waits\n{unit}/{phase['unit']}", "optimum\nwaits")
+    add_numbers(made, *_HEADS)
+    add_numbers(made, f"LRU waits\n{unit}/{phase['unit']}", "optimum\nwaits")
     for row in rows:
         add_row(
             made,
@@ -70,7 +71,9 @@ def _sizes(rows: list[Row], phase: Row) -> RenderableType:
 def _layers(rows: list[Row], of: str) -> RenderableType:
     made = table("layer")
     scale, unit = _unit(rows, "stall_lru_s")
-    add_numbers(made, "experts", *_HEADS, f"LRU waits\n{unit}/{of}")
+    add_numbers(made, "experts")
+    add_numbers(made, *_HEADS)
+    add_numbers(made, f"LRU waits\n{unit}/{of}")
     for row in rows:
         add_row(
             made,

@@ -9,7 +9,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from moe_lens.lacking import made_up
-from moe_lens.numbers import NONE, count, decimal, percent
+from moe_lens.numbers import NONE, count, counted, decimal, percent
 from moe_lens.replay.placement.said import moving_s
 from moe_lens.replay.placement.study import Candidate, Study
 from moe_lens.replay.placement.verdict import Verdict
@@ -38,7 +38,7 @@ def print_study(
     print_plain(console, Padding.indent(Text(_what(study), style="dim"), _INDENT))
     for phase in study.now.balance:
         judged = sum(key[2] == phase for key in study.judged_by.forwards)
-        title = f"{phase}: rows per rank, {count(judged)} forwards of {_layers(study)}"
+        title = f"{phase}: rows per rank, {counted(judged, 'forward')} of {_layers(study)}"
         print_plain(console, "", Text(title, style="bold"))
         print_plain(console, Padding.indent(_balance(every, study, phase), _INDENT))
         if by_layer:
@@ -86,7 +86,9 @@ def _what(study: Study) -> str:
     if looked < counts.recorded - counts.uncounted:
         text += f"; {count(looked)} of {count(counts.recorded)} forwards, evenly spread"
     if counts.uncounted:
-        text += f"; {count(counts.uncounted)} forwards without counts of their own are left out"
+        text += (
+            f"; without counts of their own, and left out: {counted(counts.uncounted, 'forward')}"
+        )
     return text
 
 

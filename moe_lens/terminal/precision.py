@@ -17,7 +17,7 @@ from moe_lens.metrics.precision import (
     routing_agreement,
     weight_errors,
 )
-from moe_lens.numbers import NONE, count, decimal, digits, percent
+from moe_lens.numbers import NONE, counted, decimal, digits, percent
 from moe_lens.terminal.grid import add_numbers, add_row, notes, table
 from moe_lens.terminal.plain import print_plain
 
@@ -34,8 +34,8 @@ def print_precision(console: Console, about: dict[str, Any], columns: Columns, p
         path: Of its file.
     """
     title = (
-        f"{about['model']}: {count(about['measured_tokens'])} tokens of "
-        f"{count(about['sequences'])} sequences"
+        f"{about['model']}: {counted(about['measured_tokens'], 'token')} of "
+        f"{counted(about['sequences'], 'sequence')}"
     )
     partly = " (interrupted: partial)" if about["interrupted"] else ""
     print_plain(console, "", Text(title, style="bold"))
@@ -58,7 +58,8 @@ def _losses(columns: Columns) -> RenderableType | None:
     if found.empty:
         return None
     made = table("format", "rounded")
-    add_numbers(made, "loss", "cost", "± error", "arithmetic", "± error", "routing", "± error")
+    add_numbers(made, "loss", "cost", "± error")
+    add_numbers(made, "arithmetic", "± error", "routing", "± error")
     for row in found.to_dict("records"):
         cells = [decimal(row["loss"], 4)]
         for name in ("total", "arithmetic", "routing"):
@@ -78,8 +79,9 @@ def _routes(columns: Columns) -> RenderableType | None:
     if found.empty:
         return None
     made = table("format", "rounded")
-    add_numbers(made, "one\nlayer", "tokens\nflipped", "KL", "all,\nforced", "all,\nfree")
-    add_numbers(made, "tokens\nflipped", "KL", "last\nlayer")
+    add_numbers(made, "one\nlayer", "tokens\nflipped", "KL")
+    add_numbers(made, "all,\nforced")
+    add_numbers(made, "all,\nfree", "tokens\nflipped", "KL", "last\nlayer")
     for (name, part), of in found.groupby(["format", "part"], sort=False):
         alone, forced, free = (of[of["mode"] == m] for m in ("alone", "forced", "free"))
         add_row(
@@ -110,7 +112,8 @@ def _layers(columns: Columns) -> RenderableType | None:
     found = found[found.part == part]
     formats = list(found.format.unique())
     made = table("layer")
-    add_numbers(made, *(f"{name}\n{mode}" for name in formats for mode in ("alone", "free")))
+    for name in formats:
+        add_numbers(made, f"{name}\nalone", f"{name}\nfree")
     cells = found.set_index(["layer", "format", "mode"]).agreement
     for layer in sorted(found.layer.unique()):
         shares = [cells.get((layer, n, m)) for n in formats for m in ("alone", "free")]
@@ -137,9 +140,8 @@ def _weights(columns: Columns) -> RenderableType | None:
         return None
     layers = layer_errors(columns)
     made = table("format")
-    add_numbers(
-        made, "routers", "experts", "by usage", "outlier", "worst", "its error", "its usage"
-    )
+    add_numbers(made, "routers", "experts", "by usage", "outlier")
+    add_numbers(made, "worst", "its error", "its usage")
     for name, of in found.groupby("format", sort=False):
         experts = of[of.part == "experts"]
         here = layers[layers.format == name]

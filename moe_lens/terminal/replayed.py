@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_lens.lacking import made_up
-from moe_lens.numbers import NONE, count, decimal, percent, times
+from moe_lens.numbers import NONE, count, counted, decimal, percent, times
 from moe_lens.replay.summary import P90_FROM, P99_FROM
 from moe_lens.terminal.grid import add_numbers, add_row, notes, table
 from moe_lens.terminal.plain import print_plain
@@ -43,7 +43,7 @@ def print_replay(
     for phase in dict.fromkeys(row["phase"] for row in layers):
         mine = [row for row in layers if row["phase"] == phase]
         forwards = max(row["forwards"] for row in mine)
-        title = f"{phase}: {count(forwards)} forward{'s' if forwards != 1 else ''} a layer"
+        title = f"{phase}: {counted(forwards, 'forward')} a layer"
         print_plain(
             console,
             Group("", Text(title, style="bold")),
@@ -83,7 +83,7 @@ def _heading(about: Row) -> Table:
 
 def _forwards(about: Row) -> str:
     of, layers = about["forwards"], about["layers"]
-    text = f"{count(of['replayed'])} of {count(of['in_trace'])} forwards"
+    text = f"{count(of['replayed'])} of {counted(of['in_trace'], 'forward')}"
     if of["with_rows"] < of["in_trace"]:
         text += f", {count(of['with_rows'])} of which have per-token rows"
     if of["partial"] and of["partial_used"]:

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_lens.lacking import made_up
-from moe_lens.numbers import count, decimal, percent
+from moe_lens.numbers import count, counted, decimal, percent
 from moe_lens.terminal.grid import add_numbers, add_row, notes, table
 from moe_lens.terminal.plain import print_plain
 from moe_lens.terminal.replayed import backend_words, policy_words, shape_words
@@ -68,7 +68,7 @@ def _heading(about: Row) -> Table:
 
 def _forwards(about: Row) -> str:
     of = about["forwards"]
-    text = f"{count(of['replayed'])} of {count(of['in_trace'])} forwards"
+    text = f"{count(of['replayed'])} of {counted(of['in_trace'], 'forward')}"
     if of["left_out"]:
         text += f"; {count(of['left_out'])} lack rows of some tokens or of a rank"
     if of["replayed"] < of["chosen"]:

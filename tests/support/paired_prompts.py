@@ -38,6 +38,8 @@ def write_prompts(
     token_ids: bool = True,
     keys: tuple[str, ...] = ("pair", "variant"),
     phase: str = "eval",
+    decoded: int = 0,
+    requests: int = 1000,
     skipped: Sequence[tuple[int, int]] = (),
 ) -> None:
     """Write prompts (pair, variant, token ids), a forward each, a layer a router.
@@ -49,6 +51,9 @@ def write_prompts(
         token_ids: They are kept.
         keys: Columns of pair and variant; fewer: without them.
         phase: Of all forwards.
+        decoded: Or the last so many tokens of each are of phase decode, in a forward of their own;
+            what is before them, of prefill.
+        requests: Ids of requests that there are; each further sequence has that of an earlier one.
         skipped: (sequence, position) without rows.
     """
     infos = [
@@ -56,15 +61,17 @@ def write_prompts(
     ]
     write_meta(path, meta(layers=infos, keys=list(keys)))
     where = [{"step": n, "forward": 0, "sequence": n} for n in range(len(prompts))]
-    segment(path, "steps", [{**w, "phase": phase, "tokens": len(p[2])}
-                            for w, p in zip(where, prompts, strict=True)])  # fmt: skip
+    phases = ["prefill", "decode"] if decoded else [phase]
+    segment(path, "steps", [
+        {**w, "forward": n, "phase": each, "tokens": decoded if n else len(p[2]) - decoded}
+        for w, p in zip(where, prompts, strict=True) for n, each in enumerate(phases)])  # fmt: skip
     said = [
-        {**w, "tag": "all", "request": f"r{n}", **dict(zip(keys, p[:2], strict=False))}
+        {**w, "tag": "all", "request": f"r{n % requests}", **dict(zip(keys, p[:2], strict=False))}
         for n, (w, p) in enumerate(zip(where, prompts, strict=True))
     ]
     segment(path, "sequences", said, keys=keys)
     kept = [
-        (w, p[2], at)
+        ({**w, "forward": int(at >= len(p[2]) - decoded)}, p[2], at)
         for w, p in zip(where, prompts, strict=True)
         for at in range(len(p[2]))
         if (w["sequence"], at) not in skipped

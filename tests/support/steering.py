@@ -31,3 +31,9 @@ def bare(model):
     """No hook of ours is left, and torch's functions are its own."""
     hooked = [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
     return not hooked and not _get_current_function_mode_stack()
+
+
+def of_output(model, batch):
+    """A number for each token that shows every change of its own output."""
+    x_BSD = model(batch if isinstance(batch, torch.Tensor) else batch["input_ids"])
+    return (x_BSD * torch.arange(1, x_BSD.shape[-1] + 1)).sum(-1)

@@ -5,7 +5,7 @@ Legend: B sequences, S positions, N tokens that have a loss, K choices per token
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ Floats = NDArray[np.floating[Any]]
 Bools = NDArray[np.bool_]
 
 
-@dataclass
+@dataclass(repr=False)
 class Layer:
     """What one layer's router did with a batch.
 
@@ -38,13 +38,18 @@ class Layer:
     entropy_BS: Floats
     why_not: str | None = None
 
+    def __repr__(self) -> str:
+        experts = self.info.experts + self.info.zero_experts
+        changes = "" if self.why_not is None else ", its choice cannot be changed"
+        return f"Layer({self.info.layer}: {self.info.path}, {experts} experts{changes})"
+
     @property
     def aligned(self) -> bool:
         """It routes the tokens that the losses are of."""
         return len(self.expert_ids_BSK) > 0
 
 
-@dataclass
+@dataclass(repr=False)
 class Base:
     """A batch as the model routes it; what `Interventions.measure` returns.
 
@@ -59,9 +64,18 @@ class Base:
     tags_B: NDArray[np.str_]
     layers: list[Layer]
     self_test: int
-    inputs: Batch = field(repr=False)
-    pieces: list[torch.Tensor] = field(repr=False)
+    inputs: Batch
+    pieces: list[torch.Tensor]
     """Which sequences run together: all forwards use the same pieces."""
+
+    def __repr__(self) -> str:
+        B, S = self.loss_BS.shape
+        known = self.loss_BS[self.tokens].astype(np.float64)
+        mean = f"mean loss {known.mean():.4f}" if len(known) else "no loss"
+        return (
+            f"Base({B} x {S} tokens, {len(known)} with a loss, {mean}; {len(self.layers)} MoE "
+            "layers, reproduced bit for bit)"
+        )
 
     @property
     def tokens(self) -> Bools:
@@ -70,7 +84,7 @@ class Base:
         return known
 
 
-@dataclass
+@dataclass(repr=False)
 class Change:
     """What an intervention does to the loss of each token that has one.
 
@@ -90,6 +104,12 @@ class Change:
     base_N: Floats
     loss_N: Floats
     affected_N: Bools
+
+    def __repr__(self) -> str:
+        return (
+            f"Change(mean {self.mean:+.4f} over {len(self.base_N)} tokens, "
+            f"{int(self.affected_N.sum())} of them affected)"
+        )
 
     @property
     def delta_N(self) -> Floats:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
+from math import comb
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from moe_lens_hooks.steering.interventions import (
     Interventions,
     intervene,
 )
-from moe_lens_hooks.steering.matching import match
+from moe_lens_hooks.steering.matching import match, warn_of_another_class
 from moe_lens_hooks.steering.token_losses import Batch, Loss, next_token_loss, shape_of, take
 
 TOKENS, REGRET_TOKENS, ALTERNATIVES = 4096, 256, 8
@@ -108,6 +109,7 @@ def counterfactual(
     meta = open_run(run).meta
     session = intervene(model, loss=loss, tokens_at_once=tokens_at_once, adapters=adapters)
     match(meta, str(run), session.passes.layers)
+    warn_of_another_class(meta, str(run), model)
     about = asdict(wanted) | {"model": type(model).__name__, "tokens_at_once": tokens_at_once}
     with Result(path, about, COUNTERFACTUAL) as result:
         bases = measure_all(session, batches, wanted.tokens)
@@ -154,8 +156,8 @@ def measure_all(session: Interventions, batches: Iterable[Batch], tokens: int) -
         if most < 1:
             break
         rows = torch.arange(min(B, most))
-        part = take(batch, rows)
-        if not isinstance(part, torch.Tensor) and part.get("tags") is not None:
+        part = batch if len(rows) == B else take(batch, rows)
+        if not isinstance(part, torch.Tensor) and part.get("tags") is not None and len(rows) < B:
             part = {**part, "tags": list(part["tags"])[: len(rows)]}
         bases.append(session.measure(part))
         left -= len(rows) * S
@@ -169,10 +171,17 @@ def _chosen(base: Base, wanted: Wanted) -> list[int]:
 
     Raises:
         SteeringError: There are none.
+        UnsupportedRouter: One that was asked for routes other tokens than those that have losses.
     """
     if wanted.layers is not None:
         if bad := [n for n in wanted.layers if not 0 <= n < len(base.layers)]:
             raise SteeringError(f"there is no layer {bad[0]}: the model has {len(base.layers)}.")
+        for n in wanted.layers:
+            if not base.layers[n].aligned:
+                raise UnsupportedRouter(
+                    f"layer {n} ({base.layers[n].info.path}) does not route the tokens that have "
+                    "losses."
+                )
         return sorted(set(wanted.layers))
     able = [n for n, x in enumerate(base.layers) if x.aligned and x.why_not is None]
     if not able:
@@ -243,6 +252,16 @@ def _columns(
     }
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """Some of the other routes of a token: from `first` on, as many as `routes`."""
+
+    b: int
+    s: int
+    first: int
+    routes: int
+
+
 def _regret_parts(
     session: Interventions, bases: list[Base], n: int, experts: int, wanted: Wanted
 ) -> Iterator[_Part]:
@@ -250,11 +269,15 @@ def _regret_parts(
     tokens = [(i, int(b), int(s)) for i, x in enumerate(bases) for b, s in np.argwhere(x.tokens)]
     drawn = np.random.default_rng(wanted.seed).permutation(len(tokens))[: wanted.regret_tokens]
     firsts = np.cumsum([0, *(len(x.tags_B) for x in bases)])
+    A = min(wanted.alternatives, comb(experts, bases[0].layers[n].expert_ids_BSK.shape[-1]) - 1)
     for i, base in enumerate(bases):
         mine = [tokens[j][1:] for j in np.sort(drawn) if tokens[j][0] == i]
-        size = max(1, session.tokens_at_once // ((wanted.alternatives + 1) * base.loss_BS.shape[1]))
-        for at in range(0, len(mine), size):
-            given = (session, base, int(firsts[i]), n, experts, mine[at : at + size], wanted)
+        rows = max(1, session.tokens_at_once // base.loss_BS.shape[1])
+        most = min(A, max(1, rows - 1))  # of one token in one forward, beside its own route
+        asked = [_Asked(b, s, at, most) for b, s in mine for at in range(0, A, max(1, most))]
+        size = max(1, rows // (most + 1))
+        for at in range(0, len(asked), size):
+            given = (session, base, int(firsts[i]), n, experts, asked[at : at + size], wanted)
             yield _Part(
                 f"layer {n}: other routes",
                 lambda a=given: _other_routes(*a),  # type: ignore[misc]
@@ -267,36 +290,44 @@ def _other_routes(
     first: int,
     n: int,
     experts: int,
-    tokens: list[tuple[int, int]],
+    asked: list[_Asked],
     wanted: Wanted,
 ) -> dict[str, Any]:
-    """Each token's sequence runs as it is, and once for each other route of that token alone."""
+    """Each token's sequence runs as it is, and once for each other route of that token alone.
+
+    As it is: in the same forward, so that equal routes have equal bits. Where a forward has room
+    for one sequence only, the batch was measured in such forwards.
+    """
     layer = base.layers[n]
-    routes = []
-    for b, s in tokens:
-        rng = np.random.default_rng([wanted.seed, n, first + b, s])
-        routes.append(alternatives(layer.expert_ids_BSK[b, s], experts, wanted.alternatives, rng))
-    rows = np.concatenate([[b] * (len(r) + 1) for (b, _), r in zip(tokens, routes, strict=True)])
+    alone = session.tokens_at_once // base.loss_BS.shape[1] < 2
+    rows: list[int] = []
+    places: list[tuple[int, int, Any]] = []
+    for x in asked:
+        rng = np.random.default_rng([wanted.seed, n, first + x.b, x.s])
+        own_K = layer.expert_ids_BSK[x.b, x.s]
+        routes = alternatives(own_K, experts, wanted.alternatives, rng)[x.first :][: x.routes]
+        places.append((len(rows), len(rows) + (not alone), routes))
+        rows += [x.b] * (len(routes) + (not alone))
     ids_BSK = np.full((len(rows), *layer.expert_ids_BSK.shape[1:]), -1)
-    starts = np.cumsum([0, *(len(r) + 1 for r in routes)])
-    for (_, s), start, r in zip(tokens, starts, routes, strict=False):
-        ids_BSK[start + 1 : start + 1 + len(r), s] = r
-    inputs = take(base.inputs, torch.from_numpy(rows))
+    for x, (_, at, routes) in zip(asked, places, strict=True):
+        ids_BSK[at : at + len(routes), x.s] = routes
+    inputs = take(base.inputs, torch.tensor(rows))
     loss, _ = session.passes.changed(inputs, [Force(n, torch.from_numpy(ids_BSK))])
     loss_BS = loss.numpy()
     parts = []
-    for (b, s), start, r in zip(tokens, starts, routes, strict=False):
-        A = len(r)
-        alone = Change(
-            np.full(A, b),
-            np.full(A, s),
-            base.tags_B[np.full(A, b)],
-            np.full(A, loss_BS[start, s]),
-            loss_BS[start + 1 : start + 1 + A, s],
+    for x, (own, at, routes) in zip(asked, places, strict=True):
+        A = len(routes)
+        change = Change(
+            np.full(A, x.b),
+            np.full(A, x.s),
+            base.tags_B[np.full(A, x.b)],
+            np.full(A, base.loss_BS[x.b, x.s] if alone else loss_BS[own, x.s]),
+            loss_BS[at : at + A, x.s],
             np.ones(A, bool),
         )
-        columns = _columns(alone, layer, first, n, "other_route", 0)
-        parts.append(columns | {"number": np.arange(A), "expert_ids": r.tolist()})
+        columns = _columns(change, layer, first, n, "other_route", 0)
+        numbers = np.arange(x.first, x.first + A)
+        parts.append(columns | {"number": numbers, "expert_ids": routes.tolist()})
     return {name: _joined([p[name] for p in parts]) for name in parts[0]}
 
 

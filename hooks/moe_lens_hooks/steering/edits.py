@@ -9,7 +9,7 @@ Legend: T tokens, K choices per token, E experts, B sequences, S positions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
@@ -96,7 +96,7 @@ class Drop(Giving):
         exact = weights_TK.to(torch.promote_types(weights_TK.dtype, torch.float32))
         left_TK = exact.masked_fill(hit_TK, 0)
         sum_T1, kept_T1 = (w.sum(-1, keepdim=True) for w in (exact, left_TK))
-        low, high = torch.aminmax(sum_T1)
+        low, high = torch.aminmax(sum_T1[sum_T1 != 0] if bool((sum_T1 != 0).any()) else sum_T1)
         if bool(high - low <= _SAME_SUM * high.abs()):
             some_T1 = hit_TK.any(-1, keepdim=True) & (kept_T1 != 0)  # the others keep their bits
             left_TK = torch.where(some_T1, left_TK * (sum_T1 / kept_T1), left_TK)
@@ -142,7 +142,7 @@ class TopK(Choosing):
 class Force(Choosing):
     """These experts and no others; rows of -1 keep the router's choice."""
 
-    ids_BSK: Tensor
+    ids_BSK: Tensor = field(repr=False)
 
     def choose(self, scores_TE: Tensor, allowed_TE: Tensor, own_TK: Tensor) -> Tensor:
         ids_TK = self.ids_BSK.reshape(-1, self.ids_BSK.shape[-1]).to(own_TK)

@@ -6,7 +6,8 @@ Legend: B sequences, S positions, T = B S tokens, K choices per token.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from operator import index
 from types import TracebackType
 from typing import Self
 
@@ -82,6 +83,9 @@ class Interventions:
     def __init__(self, model: nn.Module, passes: Passes, tokens_at_once: int) -> None:
         self._model, self.passes, self.tokens_at_once = model, passes, tokens_at_once
 
+    def __repr__(self) -> str:
+        return f"Interventions({type(self._model).__name__}, {len(self.passes.layers)} MoE layers)"
+
     def __enter__(self) -> Self:
         return self
 
@@ -132,22 +136,29 @@ class Interventions:
         """
         if not experts:
             raise ValueError("knock_out(layer, expert, …) needs an expert.")
-        kind = edits.KnockOut if refill else edits.Drop
-        return self._one(kind(layer, tuple(experts)))
+        if isinstance(experts[0], list | tuple | range | set):
+            raise TypeError(
+                f"knock_out(layer, expert, …) takes numbers of experts, got {experts[0]!r}: of a "
+                "list, knock_out(layer, *experts)."
+            )
+        numbers = tuple(_number("expert", e) for e in experts)
+        return self._one(
+            (edits.KnockOut if refill else edits.Drop)(_number("layer", layer), numbers)
+        )
 
     def runner_up(self, layer: int) -> Intervention:
         """Of each token's experts the last gives way to the next one: the K-th to the K+1-th."""
-        return self._one(edits.RunnerUp(layer))
+        return self._one(edits.RunnerUp(_number("layer", layer)))
 
     def top_k(self, layer: int, k: int) -> Intervention:
         """Every token takes its k best experts."""
-        if k < 1:
+        if _number("k", k) < 1:
             raise ValueError(f"k={k} must be at least 1")
-        return self._one(edits.TopK(layer, k))
+        return self._one(edits.TopK(_number("layer", layer), _number("k", k)))
 
     def force_in(self, layer: int, expert: int) -> Intervention:
         """Tokens that did not choose this expert take it in place of their last one."""
-        return self._one(edits.ForceIn(layer, expert))
+        return self._one(edits.ForceIn(_number("layer", layer), _number("expert", expert)))
 
     def force(self, layer: int, expert_ids: Tensor) -> Intervention:
         """These experts, `[B, S, K]`; tokens whose ids are all -1 follow their router."""
@@ -161,15 +172,16 @@ class Interventions:
         twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] != -1)
         if bool(partly.any()) or bool(twice.any()):
             raise ValueError("expert_ids: a token has K different experts, or -1 in all places.")
-        return self._one(edits.Force(layer, expert_ids))
+        return self._one(edits.Force(_number("layer", layer), expert_ids))
 
     def random(self, layer: int, *, seed: int = 0) -> Intervention:
         """As many experts for each token, drawn alike, never all those that its router chose."""
-        return self._one(edits.Random(layer, seed))
+        return self._one(edits.Random(_number("layer", layer), seed))
 
     def duplicate(self, layer: int, expert: int, *, over: int) -> Intervention:
         """`over` becomes a copy of `expert`: what it costs tells how alike the two are."""
-        return self._one(edits.Duplicate(layer, expert, over))
+        experts = _number("expert", expert), _number("over", over)
+        return self._one(edits.Duplicate(_number("layer", layer), *experts))
 
     def _one(self, edit: edits.Edit) -> Intervention:
         return Intervention(self, (edit,))
@@ -196,7 +208,7 @@ class Interventions:
 class Intervention:
     """One or several changes; called with a measured batch, it tells what they cost."""
 
-    session: Interventions
+    session: Interventions = field(repr=False)
     edits: tuple[edits.Edit, ...]
 
     def __add__(self, other: Intervention) -> Intervention:
@@ -208,7 +220,13 @@ class Intervention:
         Raises:
             UnsupportedRouter: A layer's choice cannot be changed.
             SteeringError: There is no such layer or expert, or the change leaves too few experts.
+            TypeError: `base` is a batch that was not measured.
         """
+        if not isinstance(base, Base):
+            raise TypeError(
+                f"an intervention is called with a measured batch, got {type(base).__name__}: "
+                "base = iv.measure(batch), then iv.knock_out(0, 3)(base)."
+            )
         for edit in self.edits:
             check_edit(edit, base)
         numbers = [edit.layer for edit in self.edits]
@@ -224,6 +242,14 @@ class Intervention:
             loss_BS[rows] = loss.numpy()
             affected_BS[rows] = affected_T.view(len(rows), -1).numpy()
         return change_of(base, loss_BS, affected_BS)
+
+
+def _number(what: str, x: int) -> int:
+    """As a plain integer; numpy's and torch's will do."""
+    try:
+        return index(x)
+    except TypeError as e:
+        raise TypeError(f"{what}={x!r} must be a whole number") from e
 
 
 def check_edit(edit: edits.Edit, base: Base) -> None:

@@ -72,7 +72,7 @@ class Looked:
 
     def _learn(self, seen: Observed) -> None:
         info = self.layer.info
-        known = learn(seen, self.layer.router, info.experts + info.zero_experts)
+        known = learn(seen, self.layer.router, info.experts + info.zero_experts, info)
         if known is not None and known.score is not None and seen.logits_TE is not None:
             self.score = known.score
             prob_TE = probabilities(seen.logits_TE.detach().float(), known.score)

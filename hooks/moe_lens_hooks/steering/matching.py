@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+
+from torch import nn
+
 from moe_lens.errors import SteeringError
 from moe_lens.trace.meta import LayerInfo, Meta
 from moe_lens_hooks.adapter import MoELayer
@@ -37,6 +41,20 @@ def match(meta: Meta, name: str, layers: list[MoELayer]) -> dict[Key, int]:
         _agree(info, layer_of[path].info, name)
         found[layer_of[path].info.path, times] = info.layer
     return found
+
+
+def warn_of_another_class(meta: Meta, name: str, model: nn.Module) -> None:
+    """Warn that the model is of another class than the one that was recorded.
+
+    It may well be that one: wrapped, or without its head. What `match` compares is alike.
+    """
+    mine = type(model).__name__
+    if meta.model and meta.model != mine:
+        warnings.warn(
+            f"{name} was recorded from a {meta.model}, this is a {mine}: its layers are alike, but "
+            "is it the same model?",
+            stacklevel=3,
+        )
 
 
 def _place(info: LayerInfo) -> Key:

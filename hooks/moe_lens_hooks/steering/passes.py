@@ -37,7 +37,7 @@ class Passes:
 
     def free(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """Losses `[B, S]` and outputs of the model with nothing attached."""
-        with torch.no_grad(), self._outputs() as outputs:
+        with torch.no_grad(), _memory_for(batch), self._outputs() as outputs:
             loss = per_token(self._loss(self._model, batch), shape_of(batch))
         return loss, outputs
 
@@ -87,7 +87,7 @@ class Passes:
             loss = self._run(batch, Planned(make, end))
         except (IndexError, RuntimeError, ValueError) as e:
             other = [x for x in edits if isinstance(x, TopK)]
-            if not other or isinstance(e, torch.OutOfMemoryError):
+            if not other:
                 raise
             raise UnsupportedRouter(
                 f"layer {other[0].layer} cannot take {other[0].k} experts of a token: the model "
@@ -96,7 +96,8 @@ class Passes:
         return loss, torch.stack(list(affected.values())).any(0)
 
     def _run(self, batch: Batch, source: Planned) -> Tensor:
-        with torch.no_grad(), Forced(self._model, self.layers, source, True) as forced:
+        forced = Forced(self._model, self.layers, source, True)
+        with torch.no_grad(), _memory_for(batch), forced:
             loss = self._loss(self._model, batch)
             if forced.forwards != 1:
                 raise SteeringError(
@@ -117,6 +118,31 @@ class Passes:
             yield found
         finally:
             handle.remove()
+
+
+@contextmanager
+def _memory_for(batch: Batch) -> Iterator[None]:
+    """Inside, a forward of this batch; where memory ends, the error says what fits better.
+
+    Raises:
+        SteeringError: Memory ended, the host's or a device's.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as e:
+        text = str(e).lower()
+        host = "can't allocate memory" in text or "not enough memory" in text
+        if not host and not isinstance(e, MemoryError | torch.OutOfMemoryError):
+            raise
+        B, S = shape_of(batch)
+        less = (
+            f"Take fewer at once: tokens_at_once={B // 2 * S} (--tokens-at-once)."
+            if B > 1
+            else "One sequence is the least: give shorter ones."
+        )
+        raise SteeringError(
+            f"a forward of {B} x {S} tokens needs more memory than there is. {less}"
+        ) from e
 
 
 def same(a: list[Tensor], b: list[Tensor]) -> bool:

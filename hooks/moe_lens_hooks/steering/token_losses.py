@@ -29,8 +29,8 @@ _HOW = (
 def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Cross entropy in nats `[B, S]` of the token that follows each; NaN where none does.
 
-    What follows is `labels`, or the tokens themselves; labels of -100 and padding (by
-    `attention_mask`) have no loss.
+    What follows is `labels`, or the tokens themselves. There is no loss before a label of -100, nor
+    at or before padding (by `attention_mask`): what padding predicts says nothing.
 
     Raises:
         SteeringError: The model returns no logits `[B, S, V]`, or the batch has no tokens.
@@ -39,23 +39,27 @@ def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
     labels = inputs.pop("labels", None)
     output = model(**inputs) if isinstance(batch, Mapping) else model(batch)
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if isinstance(output, Mapping):
+        logits = output.get("logits")
     targets = inputs.get("input_ids") if labels is None else labels
     if logits is None or targets is None or logits.shape[:-1] != targets.shape:
         got = "no logits" if logits is None else f"logits {list(logits.shape)}"
         to = "no input_ids" if targets is None else f"tokens {list(targets.shape)}"
         raise SteeringError(f"no loss per token: {got} for {to}. {_HOW}.")
-    targets = targets.clone()
+    targets = targets[:, 1:].to(logits.device)
     mask = inputs.get("attention_mask")
-    if labels is None and isinstance(mask, Tensor) and mask.shape == targets.shape:
-        targets = targets.masked_fill(mask == 0, _IGNORED)
+    if isinstance(mask, Tensor) and mask.shape == logits.shape[:-1]:
+        padding = mask.to(logits.device) == 0
+        nothing = padding[:, :-1] | padding[:, 1:] if labels is None else padding[:, :-1]
+        targets = targets.masked_fill(nothing, _IGNORED)
     kind = torch.promote_types(logits.dtype, torch.float32)
     loss = torch.nn.functional.cross_entropy(
         logits[:, :-1].to(kind).transpose(1, 2),
-        targets[:, 1:],
+        targets,
         ignore_index=_IGNORED,
         reduction="none",
     )
-    return loss.masked_fill(targets[:, 1:] == _IGNORED, torch.nan)
+    return loss.masked_fill(targets == _IGNORED, torch.nan)
 
 
 def split_tags(batch: Batch) -> tuple[Batch, list[str] | None]:
@@ -66,27 +70,34 @@ def split_tags(batch: Batch) -> tuple[Batch, list[str] | None]:
     """
     if isinstance(batch, Tensor):
         return batch, None
-    if not isinstance(batch, Mapping):
-        raise SteeringError(
-            f"a batch is token ids [B, S] or a dict of the model's arguments, got "
-            f"{type(batch).__name__}."
-        )
+    shape_of(batch)
     inputs = {name: x for name, x in batch.items() if name != "tags"}
     tags = batch.get("tags")
     sequences, _ = shape_of(inputs)
+    if isinstance(tags, str):
+        raise SteeringError(f"tags={tags!r}: give a list of one for each sequence.")
     if tags is not None and len(tags) != sequences:
         raise SteeringError(f"the batch has {sequences} sequences, but {len(tags)} tags.")
     return inputs, None if tags is None else [str(tag) for tag in tags]
 
 
 def shape_of(batch: Batch) -> tuple[int, int]:
-    """(B, S) of a batch: of the first tensor in it that has two axes.
+    """(B, S) of a batch: of its token ids or embeddings; else of the first tensor of two axes.
 
     Raises:
-        SteeringError: There is none.
+        SteeringError: There is none, or it is empty.
     """
-    for x in [batch] if isinstance(batch, Tensor) else batch.values():
+    if not isinstance(batch, Tensor | Mapping):
+        raise SteeringError(
+            "a batch is token ids [B, S] or a dict of the model's arguments, got "
+            f"{type(batch).__name__}."
+        )
+    named = {} if isinstance(batch, Tensor) else batch
+    first = [named.get("input_ids"), named.get("inputs_embeds")]
+    for x in [batch] if isinstance(batch, Tensor) else [*first, *batch.values()]:
         if isinstance(x, Tensor) and x.ndim >= 2:
+            if 0 in x.shape[:2]:
+                raise SteeringError(f"the batch is empty: {list(x.shape)}.")
             return x.shape[0], x.shape[1]
     raise SteeringError("the batch holds no tensor [B, S]: give token ids, or the model's inputs.")
 

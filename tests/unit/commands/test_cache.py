@@ -88,6 +88,27 @@ def test_the_sentence_is_the_mean_over_requests(run: Path) -> None:
     assert row["stall_lru_s"] == pytest.approx(3e-6 * loads)
 
 
+def test_the_smallest_cache_for_a_share_of_hits(run: Path) -> None:
+    with open_trace(run) as trace:
+        found = [x.memory for x in memory(trace, batch=2)]
+    asked = [m.requests * m.counted for m in found]
+
+    def rate(policy: str, size: int) -> float:
+        hits = (m.rate(policy, size) * n for m, n in zip(found, asked, strict=True))
+        return sum(hits) / sum(asked)
+
+    phase = said(run, "--hit-rate", 0.7)
+    for policy in ("lru", "optimum"):
+        size = phase["wanted"][policy]
+        assert 2 < size < 8
+        assert rate(policy, size) >= 0.7 > rate(policy, size - 1)
+    lru, best = (phase["wanted"][x] for x in ("lru", "optimum"))
+    assert phase["answers"][2] == (
+        f"To hit 70.0 % LRU takes {lru} of 8 experts resident per layer, the optimum {best}."
+    )
+    assert said(run)["wanted"]["hit_rate"] == 0.9
+
+
 def test_what_an_expert_weighs(run: Path) -> None:
     weight = {
         words: said(run, *words)["curves"][0]["expert_bytes"]

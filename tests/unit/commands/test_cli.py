@@ -149,6 +149,26 @@ def test_a_question_about_replays_says_where_there_are_none(tmp_path: Path) -> N
     assert done.stderr == ""  # there is one, of which the parameters leave nothing
 
 
+def test_no_hottest_expert_names_the_parameter(tmp_path: Path) -> None:
+    synthetic = write_run(tmp_path / "few", tokens=4, steps=1).path
+    done = moe_lens("query", str(synthetic), "hottest_experts")
+    assert len(done.stdout.splitlines()) == 1  # the names of the columns
+    assert done.stderr == (
+        "No tag chose an expert 100 times: lower it with --param min_routed=1.\n"
+    )
+    some = moe_lens("query", str(synthetic), "hottest_experts", "--param", "min_routed=1")
+    assert len(some.stdout.splitlines()) > 1
+    assert not some.stderr
+
+
+def test_the_help_names_every_command() -> None:
+    done = moe_lens("--help")
+    examples = done.stdout.split("Options:")[0]
+    for name in ("import", "export", "counterfactual", "precision", "context", "lab"):
+        assert f"moe-lens {name} " in examples
+    assert max(map(len, done.stdout.splitlines())) <= 100
+
+
 def test_query_takes_parameters(run: Path) -> None:
     words = ("--param", "phase=eval", "--param", "by_tag=false", "--format", "json")
     rows = json.loads(moe_lens("query", run, "dropped_tokens", *words).stdout)

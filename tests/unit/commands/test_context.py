@@ -69,7 +69,7 @@ def test_the_page_begins_with_the_answers(run: Path) -> None:
                   "eval: the 4 of 8 experts of a layer that the first 4 tokens chose most",
                   "Choices after a beginning that are of the 4 experts named by",
                   "Loads of a conversation, 4 resident, LRU that begins with",
-                  "Of a pair it knows the other one"):  # fmt: skip
+                  "never of its own or one of its pair"):  # fmt: skip
         assert title in " ".join(text.split())
     assert all(len(line) <= 100 and line == line.rstrip() for line in text.splitlines())
 
@@ -77,7 +77,6 @@ def test_the_page_begins_with_the_answers(run: Path) -> None:
 def test_a_trace_without_pairs_says_so_in_a_line(served: Path) -> None:
     first = invoked(served).splitlines()[0]
     assert first.startswith("No pairs: This trace has no pairs: no column 'pair' of `sequences`.")
-    assert "Of a pair" not in invoked(served)
     found = said(served)
     assert found["pairs"] is None
     assert [x["phase"] for x in found["phases"]] == ["prefill", "decode"]
@@ -87,6 +86,29 @@ def test_prompts_too_short_for_a_beginning_leave_the_pairs(run: Path) -> None:
     text = invoked(run, "--prefix", "64", "--after", "64")
     assert text.startswith("1 pair in another order")
     assert "No conversations: No sequence with rows from its first token on" in text
+
+
+def test_beginnings_that_are_too_long_are_named(served: Path) -> None:
+    words = ["--prefix", "500,25%,8", "--after", "8", "--phase", "prefill"]
+    (phase,) = said(served, *words)["phases"]
+    assert [x["beginning"] for x in phase["prefixes"]] == [8, 0.25]
+    assert phase["too_long"] == [500]
+    text = " ".join(invoked(served, *words).split())
+    assert "No sequence goes on after the first 500 tokens." in text
+    assert text.index(" 8 ") < text.index(" 25 % ")
+    late = " ".join(invoked(served, "--prefix", "8", "--after", "500").split())
+    assert "goes on after the first 500 tokens. So nothing is said of loads: give a" in late
+    assert "The same by layer" not in late
+    assert "nan" not in late
+
+
+def test_phases_without_a_conversation_that_is_long_enough_are_named(tmp_path: Path) -> None:
+    generate(tmp_path / "run", Spec(phases=("train", "serve"), length=40, decode=4, steps=2))
+    found = said(tmp_path / "run", "--prefix", "42", "--after", "42")
+    assert [x["phase"] for x in found["phases"]] == ["decode"]
+    assert found["too_short"] == ["train", "prefill"]
+    text = " ".join(invoked(tmp_path / "run", "--prefix", "42", "--after", "42").split())
+    assert "Not measured: train, prefill. No sequence there with rows from its first" in text
 
 
 def test_loads_are_means_over_conversations_and_cost_what_the_link_says(served: Path) -> None:

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from moe_lens.cli import app
 from moe_lens.errors import MoeLensError
+from moe_lens.trace.synthetic import Spec, generate
 
 
 def export(*words: object) -> str:
@@ -43,6 +44,26 @@ def test_routing_names_what_is_left_out(tmp_path: Path) -> None:
     )
     with pytest.raises(MoeLensError, match=r"has no whole sequence of tag 'x'; its phases are"):
         export(made.run, "--format", "npy", "--tag", "x", "--out", tmp_path / "more")
+
+
+def test_what_was_exported_as_arrays_names_the_folder_to_import(tmp_path: Path) -> None:
+    """The folder holds an index beside the arrays, which are what can be read again."""
+    generate(tmp_path / "run", Spec(steps=1, sequences=1, length=6, layers=2, experts=8))
+    out, back = tmp_path / "arrays of run", tmp_path / "back"
+    done = CliRunner().invoke(app, ["export", str(tmp_path / "run"), "--format", "npy", "--out",
+                                    str(out)])  # fmt: skip
+    assert done.stdout == f"{out}: 1 sequence, 6 tokens\n"
+    for more in ([], ["--format", "vllm"]):
+        words = ["import", str(out), "--out", str(back), "--experts", "8", *more]
+        refused = CliRunner().invoke(app, words).exception
+        assert f"its routing is in {out / 'arrays'}. Import that folder" in str(refused)
+        assert not back.exists()
+    words[1] = str(out / "arrays")
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.exception
+    assert done.stdout.startswith(
+        f"{back}: 6 tokens in 1 forward, 12 routing decisions (tokens times layers), read as vllm"
+    )
 
 
 def test_mistakes_are_one_line(tmp_path: Path) -> None:

@@ -57,3 +57,4 @@ def test_changes_by_distance() -> None:
     assert made.layout.title.text == (
         "After a cut 51.0 % of the tokens change their experts, 4 tokens further on 21.0 %"
     )
+    assert made.layout.xaxis.title.text == "tokens since the cut (from 0, 1, 2, 4, 8, … on)"

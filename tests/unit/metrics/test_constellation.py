@@ -17,7 +17,11 @@ PREFIXES = st.sampled_from([1, 2, 3, 0.25, 0.5])
 
 
 def looped(
-    sequences: list[Sequence_], counted: list[list[bool]], prefix: float, cover: float
+    sequences: list[Sequence_],
+    counted: list[list[bool]],
+    prefix: float,
+    cover: float,
+    texts: list[int],
 ) -> dict[str, object]:
     """Sequence after sequence, choice after choice."""
 
@@ -37,7 +41,7 @@ def looped(
             continue
         others = [
             sum(count(o, range(len(sequences[o][1])), True)[e]
-                for o in range(len(sequences)) if o != s)
+                for o in range(len(sequences)) if texts[o] != texts[s])
             for e in range(EXPERTS)
         ]  # fmt: skip
         known |= any(others)
@@ -70,8 +74,9 @@ def test_recall_is_that_of_a_loop(
 ) -> None:
     counted = [[data.draw(st.booleans()) for _ in of] for _, of in sequences]
     flat = np.array([x for of in counted for x in of])
-    found = foretold(tokens(sequences, EXPERTS), flat, prefix, cover)
-    loop = looped(sequences, counted, prefix, cover)
+    texts = [data.draw(st.integers(0, 3)) for _ in sequences]
+    found = foretold(tokens(sequences, EXPERTS), flat, prefix, cover, np.array(texts))
+    loop = looped(sequences, counted, prefix, cover, texts)
     assert (found.sequences, found.choices) == (loop["used"], loop["choices"])
     if not loop["choices"]:
         assert found.recall[["prefix", "oracle"]].isna().all(axis=None)
@@ -104,6 +109,16 @@ def test_a_sequence_does_not_make_its_own_popularity() -> None:
     found = foretold(of, np.ones(12, bool), 2)
     assert found.recall["popularity"][0] == pytest.approx(4 / 6)
     assert found.recall["prefix"][0] == 1
+
+
+def test_nor_does_another_one_of_its_text() -> None:
+    of = tokens([("a", [{0}] * 4), *[("a", [{4}] * 4)] * 3], EXPERTS)
+    every = np.ones(16, bool)
+    assert foretold(of, every, 2).recall["popularity"][0] == pytest.approx(6 / 8)
+    apart = foretold(of, every, 2, text_S=np.array([0, 1, 1, 1]))
+    assert apart.recall["popularity"][0] == 0  # 4 foretells the first, and 0 the others
+    alone = foretold(of, every, 2, text_S=np.zeros(4, np.int64))
+    assert alone.recall["popularity"].isna().all()
 
 
 @pytest.mark.parametrize(("prefix", "begun"), [(1, 1), (3, 3), (0.5, 3), (0.3, 2), (9, 5)])

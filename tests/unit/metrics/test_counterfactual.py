@@ -83,8 +83,10 @@ def test_importance_is_what_a_loop_over_tokens_says(rows: pd.DataFrame) -> None:
 
 
 def test_a_rare_expert_whose_loss_costs_much_is_dormant_but_causal() -> None:
+    """And one whose cost is as high in one sequence and below zero in another is noise."""
     made = []
-    for expert, (share, cost) in enumerate([(0.6, 0.1), (0.6, 0.1), (0.05, 3.0), (0.05, 0.02)]):
+    experts = [(0.6, 0.1), (0.3, 0.1), (0.05, 3.0), (0.05, 0.02), (0.05, 1.5)]
+    for expert, (share, cost) in enumerate(experts):
         for token in range(200):
             used = token % 100 < 100 * share
             key = {"layer": 0, "number": expert, "sequence": token // 20, "position": token % 20}
@@ -92,10 +94,12 @@ def test_a_rare_expert_whose_loss_costs_much_is_dormant_but_causal() -> None:
             noise = 0.001 * ((7 * token) % 3 - 1)
             for kind, hit in (("knock_out", used), ("force_in", not used)):
                 size = (cost if kind == "knock_out" else 0.001) + noise
+                if expert == 4 and kind == "knock_out":
+                    size += 3.0 if token < 100 else -3.0
                 made.append(key | {"intervention": kind, "affected": hit, "loss": 1.0 + hit * size})
     found = expert_importance(columns(pd.DataFrame(made)), LAYERS[:1])
-    assert found.dormant.tolist() == [False, False, True, True]
-    assert found.dormant_but_causal.tolist() == [False, False, True, False]
+    assert found.dormant.tolist() == [False, False, True, True, True]
+    assert found.dormant_but_causal.tolist() == [False, False, True, False, False]
 
 
 def test_an_expert_that_was_only_forced_in_still_has_its_load(rows: pd.DataFrame) -> None:

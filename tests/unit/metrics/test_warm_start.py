@@ -46,7 +46,8 @@ def test_loads_are_those_of_a_cache(
     counted = [[p >= n for p in range(len(of))]
                for n, (_, of) in zip(prompts, sequences, strict=True)]  # fmt: skip
     flat = np.array([x for of in counted for x in of])
-    found = loads(tokens(sequences, EXPERTS), flat, prefix)
+    texts = [data.draw(st.integers(0, 3)) for _ in sequences]
+    found = loads(tokens(sequences, EXPERTS), flat, prefix, np.array(texts))
     largest = max(len(s) for _, of in sequences for s in of)
     assert found.loads["size"].tolist() == list(range(largest, EXPERTS + 1))
     own = [Counter(e for s, c in zip(of, flags, strict=True) if c for e in s)
@@ -60,7 +61,7 @@ def test_loads_are_those_of_a_cache(
             if not places:
                 continue
             begun = Counter(e for x in of[:n] for e in x)
-            others = sum((c for o, c in enumerate(own) if o != s), Counter())
+            others = sum((c for o, c in enumerate(own) if texts[o] != texts[s]), Counter())
             popular = sorted(range(EXPERTS), key=lambda e: (-others[e], e))
             begun_first = sorted(range(EXPERTS), key=lambda e: (-begun[e], -others[e], e))
             rest, asked = of[places[0] :], flags[places[0] :]

@@ -81,6 +81,30 @@ def test_prefill_and_decode_are_one_conversation_counted_apart(tmp_path: Path) -
         "decode"]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("asked", "known"),
+    [
+        ({}, 0.0),  # only the four others are asked, which never choose its experts
+        ({"key": "no such"}, 1.0),  # its twin knows them all
+        ({"key": "variant"}, 1.0),
+        ({"requests": [("r0", "r1")]}, 0.0),
+        ({"requests": [("r0", "r2")]}, 1.0),
+    ],
+)
+def test_popularity_is_of_other_texts(tmp_path: Path, asked: Any, known: float) -> None:
+    """A pair all of id 1, which goes to experts 1 and 3; four prompts of id 4, to 4 and 6."""
+    prompts = [("p", "a", [1] * 8), ("p", "b", [1] * 8),
+               *[(None, str(n), [4] * 8) for n in range(4)]]  # fmt: skip
+    write_prompts(tmp_path / "run", prompts, [by_id])
+    (found,) = measured(tmp_path / "run", prefixes=(4,), after=4, **asked)
+    # Four experts by popularity: 4 and 6, then 1 and 3 if anybody else chose them, else 0 and 1.
+    assert recall(found, 4, "popularity", 4) == pytest.approx((4 + 2 * max(known, 0.5)) / 6)
+    assert recall(found, 4, "prefix", 2) == 1
+    assert found.loads is not None
+    row = found.loads.loads.set_index("size").loc[4]
+    assert row["popularity"] == 2 * (1 - known)
+
+
 def test_sequences_without_their_beginning_are_left_out(tmp_path: Path) -> None:
     prompts = [(None, None, list(range(20)))] * 3
     write_prompts(tmp_path / "run", prompts, [by_id], skipped=[(1, 0), (2, 15)])
@@ -94,10 +118,10 @@ def test_layers_one_after_another_and_shares_of_a_sequence(tmp_path: Path) -> No
     found = measured(tmp_path / "run", prefixes=(0.25, 8, 15), after=8, cover=1.0)
     assert [x.info.layer for x in found] == [0, 1]
     for each in found:
-        assert [x.prefix for x in each.foretold] == [0.25, 8, 15]
-        assert [x.choices for x in each.foretold] == [4 * 12 * 2, 4 * 8 * 2, 4 * 2]
+        assert [x.prefix for x in each.foretold] == [8, 15, 0.25]  # shares stand last
+        assert [x.choices for x in each.foretold] == [4 * 8 * 2, 4 * 2, 4 * 12 * 2]
         assert all(x.covering <= EXPERTS for x in each.foretold)
-    positions = found[1].foretold[1]  # 8 tokens: every expert twice, so none is foretold
+    positions = found[1].foretold[0]  # 8 tokens: every expert twice, so none is foretold
     assert positions.covering == 8
     assert np.allclose(positions.recall["oracle"], np.arange(1, 9) / 8)
 

@@ -202,7 +202,8 @@ def test_runs_cut_into_other_forwards_align_by_position(tmp_path: Path) -> None:
     two = [{**x, "sequence": 50 - x["sequence"]} for x in one]
     write(tmp_path / "a", tokens, a, one)
     write(tmp_path / "b", decoded, b, two)
-    with pytest.raises(TraceError, match=r"alone.*and.*alone.*0 in both.*by=\"position\""):
+    says = r"alone.*and.*alone.*0 in both.*--by position, in Python by=\"position\""
+    with pytest.raises(TraceError, match=says):
         moe_lens.diff(tmp_path / "a", tmp_path / "b")
     found = moe_lens.diff(tmp_path / "a", tmp_path / "b", by="position")
     back = {"r": 50}

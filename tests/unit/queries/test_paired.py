@@ -24,6 +24,7 @@ OTHERS = [(None, None, random.Random(n).sample([*X, *Y, *START], 20)) for n in r
 
 def found(tmp_path: Path, prompts: Any, routers: Any, **asked: Any) -> Paired:
     written = {k: asked.pop(k) for k in ("token_ids", "keys", "skipped", "phase") if k in asked}
+    written["requests"] = asked.pop("of_requests", 1000)
     path = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
     write_prompts(path, prompts, routers, **written)
     with open_trace(path) as trace:
@@ -74,12 +75,62 @@ def test_what_was_not_moved_stands_apart(tmp_path: Path) -> None:
     assert of.by_position["tokens"].tolist() == [3, 8, 11]  # from 5: to 7, 15 and 26
 
 
+def test_the_null_is_known_in_one_phase_too(tmp_path: Path) -> None:
+    """A prompt twice, and one behind two beginnings; six tokens that all of them decode."""
+    tail = [1, 2, 3, 4, 5, 6]
+    prompts = [("p", "a", X + tail), ("p", "b", X + tail), ("q", "a", Y[:5] + X + tail),
+               ("q", "b", Y[5:] + X + tail)]  # fmt: skip
+    write_prompts(tmp_path / "run", prompts, [by_last], decoded=6)
+    with open_trace(tmp_path / "run") as trace:
+        whole, decode = paired(trace), paired(trace, phase="decode")
+    row = layer(decode)
+    assert (row["same_tokens"], row["same_changed"], row["before_tokens"]) == (6, 0, 0)
+    assert (row["tokens"], row["pairs"]) == (6, 1)
+    # The cut is where it is in the whole prompt, not where the phase begins.
+    assert decode.tokens.loc[decode.tokens["pair"] == "q", "distance"].tolist() == [
+        *range(12, 18)]  # fmt: skip
+    assert decode.pairs["same"].tolist() == whole.pairs["same"].tolist() == [True, False]
+
+
+def test_rows_that_begin_late_are_the_same_where_the_variant_says_so(tmp_path: Path) -> None:
+    late = [(n, p) for n in range(2) for p in range(4)]  # as of a prompt that a cache had
+    twice = [("p", "a", X), ("p", "a", X)]
+    assert layer(found(tmp_path, twice, [by_last], skipped=late))["same_tokens"] == 8
+    # Else nothing says what stood before them.
+    row = layer(found(tmp_path, [("p", "a", X), ("p", "b", X)], [by_last], skipped=late))
+    assert (row["same_tokens"], row["tokens"]) == (0, 8)
+
+
+@pytest.mark.parametrize("align", ["position", "end"])
+def test_a_word_was_exchanged(tmp_path: Path, align: str) -> None:
+    """Of the same ids only: what stands in its place is no such content."""
+    other = [*X[:5], 90, 91, *X[7:]]
+    of = found(tmp_path, [("p", "a", X), ("p", "b", other)], [by_last], align=align)
+    assert of.tokens["position"].tolist() == [0, 1, 2, 3, 4, 7, 8, 9, 10, 11]
+    assert of.tokens["distance"].tolist() == [-1] * 5 + [0, 1, 2, 3, 4]
+    row = layer(of)
+    assert (row["before_tokens"], row["before_changed"], row["tokens"]) == (5, 0, 5)
+    assert row["set_changed"] == 1 / 5
+    # Without ids every token counts, and each may be after the cut.
+    blind = layer(found(tmp_path, [("p", "a", X), ("p", "b", other)], [by_last], align=align,
+                        token_ids=False))  # fmt: skip
+    assert (blind["before_tokens"], blind["tokens"], blind["set_changed"]) == (0, 12, 2 / 12)
+
+
+def test_the_end_of_prompts_of_two_lengths(tmp_path: Path) -> None:
+    prompts = [("p", "a", START + X), ("p", "b", Y + X)]  # 17 tokens, and 22
+    of = found(tmp_path, prompts, [by_last], align="end")
+    assert of.tokens[["position", "position_b"]].to_numpy().tolist() == [
+        [n, n + 5] for n in range(5, 17)]  # fmt: skip
+    assert of.tokens["distance"].tolist() == list(range(12))
+
+
 def test_the_variant_says_which_comes_first_and_three_are_two_pairs(tmp_path: Path) -> None:
     prompts = [("p", "c", Y + X), ("p", "a", X + Y), ("p", "b", X + Y), ("q", "a", X)]
     of = found(tmp_path, prompts, [by_id])
     listed = of.pairs[["sequence_a", "sequence_b", "same"]].to_numpy().tolist()
     assert listed == [[1, 2, True], [1, 0, False]]
-    named = found(tmp_path, prompts, [by_id], variant="no such")
+    named = found(tmp_path, prompts, [by_id], keys=("pair",))
     assert named.pairs["sequence_a"].tolist() == [0, 0]
 
 
@@ -132,10 +183,12 @@ def test_so_many_pairs_are_looked_at(tmp_path: Path) -> None:
     ("prompts", "asked", "says"),
     [
         (SWAPPED, {"keys": ()}, "no column 'pair' of `sequences`. Declare it"),
+        (SWAPPED, {"variant": "order"}, "no column 'order' of `sequences` to order pairs by (it"),
         (SWAPPED, {"key": "prompt"}, "no column 'prompt' of `sequences` (it has pair, variant)"),
         ([("p", "a", X), ("q", "a", X)], {}, "No two sequences with rows share a value of 'pair'"),
         (SWAPPED, {"token_ids": False}, "aligned by token ids, and these rows have none: record"),
         (SWAPPED, {"requests": [("r0", "r9")]}, "request id 'r9' (2 have one)"),
+        (SWAPPED * 2, {"of_requests": 3, "requests": [("r1", "r0")]}, "'r0' is of 2 sequences"),
         ([("p", "a", X), ("p", "b", Y)], {}, "No token of a pair stands in both"),
         (SWAPPED, {"align": {"p": [[0, 20, 9]]}}, "a block is [first position in the first"),
         (SWAPPED, {"align": {"q": []}}, "Blocks are given of 'q', which is no pair"),

@@ -225,6 +225,8 @@ def test_what_cannot_be_measured_is_refused(tmp_path):
         ask(layers=[1])
     with pytest.raises(moe_lens.SteeringError, match="experts 0 to 4, not 9"):
         ask(experts=[9])
+    with pytest.raises(moe_lens.SteeringError, match="2 sequences, but 3 tags"):
+        ask(batches=[{"input_ids": TOKENS[:2], "tags": ["a", "b", "c"]}])
     with pytest.raises(moe_lens.TraceError, match="name of a file"):
         ask(name="../x")
     with pytest.raises(moe_lens.SteeringError, match="nothing to ask"):
@@ -252,3 +254,61 @@ def test_alternatives_are_drawn_alike_and_are_others():
     many = alternatives(np.arange(8), 64, 50, rng)
     assert len({frozenset(s) for s in many.tolist()}) == 50
     assert all(len(set(s)) == 8 for s in many.tolist())
+
+
+@pytest.mark.parametrize("at_once", [5, 10, 20, 35])
+def test_no_forward_is_larger_than_was_asked(at_once, tmp_path):
+    """Routes of one token go in several forwards, and come out as in one."""
+    torch.manual_seed(0)
+    model = TinyModel(experts=6, top_k=2).eval()
+    record(model, tmp_path / "run", [TOKENS])
+    sizes = []
+
+    def loss(m, b):
+        sizes.append(b.numel())
+        return m(b).sum(-1)
+
+    def rows(**more):
+        found = moe_lens.counterfactual(
+            model, [TOKENS], tmp_path / "run", loss=loss, regret_tokens=4, alternatives=5, **more
+        )
+        table = pq.read_table(found.path).to_pandas().query("intervention == 'other_route'")
+        return table.sort_values(["layer", "sequence", "position", "number"], ignore_index=True)
+
+    whole = rows()
+    sizes.clear()
+    parts = rows(tokens_at_once=at_once)
+    assert max(sizes) <= at_once
+    assert len(parts) == 2 * 4 * 5
+    same = ["layer", "sequence", "position", "number"]
+    pd.testing.assert_frame_equal(parts[same], whole[same])
+    assert [list(x) for x in parts.expert_ids] == [list(x) for x in whole.expert_ids]
+    np.testing.assert_allclose(parts.loss, whole.loss, rtol=1e-5)
+    np.testing.assert_allclose(parts.base_loss, whole.base_loss, rtol=1e-5)
+
+
+def test_a_layer_that_sees_other_tokens_is_refused_by_name(tmp_path):
+    class Partly(TinyModel):
+        """Its second block sees the last two tokens of each sequence."""
+
+        def forward(self, input_ids):
+            x = self.embed(input_ids)
+            x = x + self.blocks[0](x)
+            return torch.cat([x[:, :-2], x[:, -2:] + self.blocks[1](x[:, -2:])], 1)
+
+    torch.manual_seed(0)
+    model = Partly(experts=4, top_k=2).eval()
+    record(TinyModel(experts=4, top_k=2), tmp_path / "run", [TOKENS])
+
+    def ask(**more):
+        return moe_lens.counterfactual(
+            model, [TOKENS], tmp_path / "run", loss=lambda m, b: m(b).sum(-1), **more
+        )
+
+    says = r"layer 1 \(blocks.1\) does not route the tokens that have losses"
+    with pytest.warns(
+        UserWarning, match="from a TinyModel, this is a Partly: its layers are alike"
+    ):
+        with pytest.raises(moe_lens.UnsupportedRouter, match=says):
+            ask(layers=[0, 1])
+        assert [x["layer"] for x in ask().about["moe_layers"]] == [0]

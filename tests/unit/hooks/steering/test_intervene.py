@@ -9,27 +9,16 @@ import pandas as pd
 import pytest
 import torch
 from support.models import TinyModel
-from support.steering import bare
+from support.steering import bare, of_output
 from torch import nn
 
 import moe_lens
 from moe_lens.demo.model import MoEConfig, MoELanguageModel
 from moe_lens_hooks.steering.choice import Choice, ForcedChoice
-from moe_lens_hooks.steering.edits import ForceIn, KnockOut, RunnerUp
+from moe_lens_hooks.steering.edits import Drop, ForceIn, KnockOut, RunnerUp, TopK
+from moe_lens_hooks.steering.looked import Looked
 
 TOKENS = torch.arange(12).view(3, 4)
-
-
-def of_output(model, batch):
-    """A number for each token that shows every change of its own output."""
-    x_BSD = model(batch if isinstance(batch, torch.Tensor) else batch["input_ids"])
-    return (x_BSD * torch.arange(1, x_BSD.shape[-1] + 1)).sum(-1)
-
-
-@pytest.fixture
-def iv(model):
-    with moe_lens.intervene(model, loss=of_output) as session:
-        yield session
 
 
 def expected(model, change):
@@ -244,106 +233,160 @@ def test_the_loss_is_of_the_next_token_and_none_of_padding():
     assert len(cost.loss_N) == 8
 
 
-# -- what is refused -------------------------------------------------------------------------------
+def test_what_padding_predicts_is_no_loss():
+    """Padded on the left: the last padding would predict the first token."""
+    torch.manual_seed(0)
+    model = Speaking().eval()
+    mask = torch.ones_like(TOKENS)
+    mask[0, :2] = 0
+    batch = {"attention_mask": mask, "input_ids": TOKENS}
+    with moe_lens.intervene(model) as iv:
+        own = iv.measure(batch)
+        labelled = iv.measure({**batch, "labels": TOKENS})
+        plain = iv.measure(TOKENS)
+    known = np.array([[0, 0, 1, 0], [1, 1, 1, 0], [1, 1, 1, 0]], bool)
+    np.testing.assert_array_equal(own.tokens, known)
+    np.testing.assert_array_equal(labelled.tokens, known)
+    np.testing.assert_array_equal(own.loss_BS[known], plain.loss_BS[known])
 
 
-@pytest.mark.parametrize(
-    ("loss", "message"),
-    [
-        (lambda m, b: of_output(m, b).mean(), r"has shape \[\]: not one a token. Give loss=f"),
-        (lambda m, b: of_output(m, b).mean(1), r"3 x 4 tokens has shape \[3\]: not one a token"),
-        (lambda m, b: float(of_output(m, b).sum()), "has float: not one a token"),
-        (lambda m, b: of_output(m, b) + of_output(m, b), "ran the model 2 times"),
-    ],
-)
-def test_a_loss_that_is_not_per_token_is_refused(model, loss, message):
-    with moe_lens.intervene(model, loss=loss) as iv:
-        with pytest.raises(moe_lens.SteeringError, match=message):
-            iv.measure(TOKENS)
+def test_the_shape_is_that_of_the_tokens_whatever_stands_first():
+    torch.manual_seed(0)
+
+    class Masked(Speaking):
+        def forward(self, attention_mask, input_ids):
+            return {"logits": super().forward(input_ids)}
+
+    batch = {"attention_mask": torch.ones(3, 1, 4, 4), "input_ids": TOKENS}
+    with moe_lens.intervene(Masked().eval()) as iv:
+        assert iv.measure(batch).tokens.sum() == 9
 
 
-def test_a_model_without_logits_needs_a_loss(model):
-    class Hidden(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = model
-
-        def forward(self, x):
-            return {"hidden": self.inner(x)}
-
-    with moe_lens.intervene(Hidden()) as iv:
-        with pytest.raises(moe_lens.SteeringError, match="no loss per token: no logits"):
-            iv.measure(TOKENS)
-
-
-def test_dropout_is_refused(model):
-    model.blocks[0].drop = nn.Dropout(0.1).eval()
-    with moe_lens.intervene(model, loss=of_output) as iv:
-        iv.measure(TOKENS)  # in eval mode it draws nothing
-        model.train()
-        with pytest.raises(moe_lens.SteeringError, match=r"blocks.0.drop is training with p=0.1"):
-            iv.measure(TOKENS)
-    with pytest.raises(moe_lens.SteeringError, match=r"call model.eval\(\)"):
-        moe_lens.intervene(model, loss=of_output)
+def test_dropped_weights_are_scaled_up_whatever_padding_has():
+    """A model that takes the weights of padding away still makes those of tokens sum to one."""
+    ids_TK = torch.tensor([[0, 1], [1, 2], [0, 2]])
+    weights_TK = torch.tensor([[0.6, 0.4], [0.7, 0.3], [0.0, 0.0]])
+    given, left_TK = Drop(0, (1,)).give(ids_TK, weights_TK)
+    assert torch.equal(given, ids_TK)
+    torch.testing.assert_close(left_TK, torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]))
+    unequal = torch.tensor([[0.6, 0.4], [0.4, 0.3], [0.2, 0.1]])
+    torch.testing.assert_close(
+        Drop(0, (1,)).give(ids_TK, unequal)[1],
+        torch.tensor([[0.6, 0.0], [0.0, 0.3], [0.2, 0.1]]),
+    )
 
 
-def test_a_model_that_draws_fails_the_self_test(model):
-    model.embed.register_forward_hook(lambda m, a, out: out + torch.rand_like(out) * 1e-6)
-    with moe_lens.intervene(model, loss=of_output) as iv:
-        with pytest.raises(moe_lens.UnsupportedRouter, match=r"bit for bit.*Does it draw"):
-            iv.measure(TOKENS)
+def test_a_token_whose_experts_are_all_gone_gets_nothing():
+    ids_TK = torch.tensor([[0, 1], [1, 2]])
+    _, left_TK = Drop(0, (0, 1)).give(ids_TK, torch.tensor([[0.6, 0.4], [0.7, 0.3]]))
+    torch.testing.assert_close(left_TK, torch.tensor([[0.0, 0.0], [0.0, 1.0]]))
 
 
-def test_a_router_that_cannot_be_changed_is_refused_by_name(model):
-    def sorted_choice(x_TD, gate=model.blocks[0].gate):
-        logits = x_TD @ gate.weight.T
-        prob, ids = logits.softmax(-1).sort(-1, descending=True)
-        return logits, prob[:, :2] / prob[:, :2].sum(-1, keepdim=True), ids[:, :2]
+def test_experts_of_other_groups_are_no_runners_up_whatever_their_score():
+    """A group limit gives the experts of other groups a score of zero; the others' are below."""
+    scores_TE = torch.tensor([[-1.0, -2.0, -3.0, -4.0, 0.0, 0.0]])
+    allowed_TE = torch.tensor([[True, True, True, True, False, False]])
+    own_TK = torch.tensor([[0, 1]])
+    for edit, wanted in (
+        (KnockOut(0, (0,)), {1, 2}),
+        (RunnerUp(0), {0, 2}),
+        (TopK(0, 3), {0, 1, 2}),
+    ):
+        assert set(edit.choose(scores_TE, allowed_TE, own_TK)[0].tolist()) == wanted
+    looked = Looked(layer=None)
+    looked.choice(scores_TE, allowed_TE, own_TK)
+    assert looked.margin_T.tolist() == [1.0]  # -2 before -3
 
-    model.blocks[0].gate.forward = sorted_choice
-    with moe_lens.intervene(model, loss=of_output) as iv:
-        base = iv.measure(TOKENS)
-        with pytest.raises(moe_lens.UnsupportedRouter, match=r"layer 0 \(blocks.0, .*cannot be"):
-            iv.runner_up(0)(base)
-        assert iv.runner_up(1)(base).affected_N.all()
-        assert iv.duplicate(0, 1, over=2)(base).affected_N.any()  # of what experts are given
 
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda iv: iv.knock_out(2, 0), "no layer 2: the model has 2 MoE layers"),
-        (lambda iv: iv.knock_out(0, 6), "layer 0 has experts 0 to 5, not 6"),
-        (lambda iv: iv.duplicate(0, 1, over=-1), "experts 0 to 5, not -1"),
-        (lambda iv: iv.top_k(0, 7), "6 experts: its top-k cannot be 7"),
-        (lambda iv: iv.knock_out(0, 0, 1, 2, 3, 4), "left with 1 experts .* needs 2"),
-        (lambda iv: iv.runner_up(0) + iv.top_k(0, 1), "layer 0 has two changes at once"),
-        (lambda iv: iv.force(0, torch.zeros(3, 4, 1).long()), r"chooses \[3, 4, 2\] of 6"),
-        (lambda iv: iv.force(0, torch.tensor([1, 9]).expand(3, 4, 2)), "up to 9"),
-    ],
-)
-def test_what_does_not_fit_is_refused(iv, change, message):
+def test_the_order_of_a_tokens_experts_is_no_change(iv):
+    """Other tokens keep theirs, and so their bits; the same experts in another order are those."""
+    scores_TE, allowed_TE = torch.tensor([[3.0, 2.0, 1.0, 0.0]]), torch.ones(1, 4, dtype=torch.bool)
+    own_TK = torch.tensor([[1, 0]])
+    assert torch.equal(KnockOut(0, (3,)).choose(scores_TE, allowed_TE, own_TK), own_TK)
     base = iv.measure(TOKENS)
-    with pytest.raises(moe_lens.SteeringError, match=message):
-        change(iv)(base)
+    turned = torch.from_numpy(base.layers[0].expert_ids_BSK).flip(-1)
+    assert not iv.force(0, turned)(base).affected_N.any()
 
 
-def test_arguments_that_cannot_be_are_refused(iv, model):
-    with pytest.raises(ValueError, match="needs an expert"):
-        iv.knock_out(0)
-    with pytest.raises(ValueError, match="k=0 must be at least 1"):
-        iv.top_k(0, 0)
-    with pytest.raises(ValueError, match="K different experts, or -1"):
-        iv.force(0, torch.zeros(3, 4, 2).long())
-    with pytest.raises(ValueError, match=r"integers \[B, S, K\]"):
-        iv.force(0, torch.zeros(12, 2).long())
-    with pytest.raises(ValueError, match="tokens_at_once=0"):
-        moe_lens.intervene(model, tokens_at_once=0)
-    with pytest.raises(moe_lens.SteeringError, match="3 sequences, but 2 tags"):
-        iv.measure({"input_ids": TOKENS, "tags": ["a", "b"]})
-    with pytest.raises(moe_lens.SteeringError, match="got list"):
-        iv.measure([1, 2])
-    with pytest.raises(moe_lens.SteeringError, match="no tensor"):
-        iv.measure({"tags": []})
-    with pytest.raises(moe_lens.NoMoELayers):
-        moe_lens.intervene(nn.Linear(2, 2))
+def test_a_cost_is_above_zero_where_the_loss_rises(iv):
+    base = iv.measure(TOKENS)
+    cost = iv.top_k(0, 1)(base)
+    np.testing.assert_allclose(base.loss_BS.ravel() + cost.delta_N, cost.loss_N, rtol=1e-6)
+    assert cost.mean == pytest.approx(cost.loss_N.mean() - base.loss_BS.mean(), rel=1e-4)
+
+
+def test_what_comes_back_is_printed_in_a_line(iv):
+    base = iv.measure(TOKENS)
+    cost = iv.knock_out(0, 3)(base)
+    mean, hit = cost.delta_N.mean(), cost.affected_N.sum()
+    assert repr(cost) == f"Change(mean {mean:+.4f} over 12 tokens, {hit} of them affected)"
+    assert repr(base) == (
+        f"Base(3 x 4 tokens, 12 with a loss, mean loss {base.loss_BS.mean():.4f}; 2 MoE layers, "
+        "reproduced bit for bit)"
+    )
+    assert repr(base.layers[1]) == "Layer(1: blocks.1, 6 experts)"
+    assert repr(iv) == "Interventions(TinyModel, 2 MoE layers)"
+    both = iv.force(0, torch.tensor([0, 1]).expand(3, 4, 2)) + iv.top_k(1, 1)
+    assert repr(both) == "Intervention(edits=(Force(layer=0), TopK(layer=1, k=1)))"
+
+
+@pytest.mark.parametrize("shares", ["experts", "block", "weight"])
+def test_experts_that_layers_share_are_changed_in_the_layer_that_is_named(model, shares):
+    first, second = model.blocks
+    if shares == "block":
+        model.blocks[1] = first
+    elif shares == "experts":
+        second.experts = first.experts
+    else:
+        second.experts.weight = first.experts.weight
+
+    def plain(layer, *, out=None, over=None):
+        x_BSD = model.embed(TOKENS)
+        for n, block in enumerate(model.blocks):
+            x_TD = x_BSD.reshape(12, -1)
+            logits_TE = x_TD @ block.gate.weight.T
+            if n == layer and out is not None:
+                logits_TE[:, out] = -torch.inf
+            prob_TK, ids_TK = logits_TE.softmax(-1).topk(2)
+            if n == layer and over is not None:
+                ids_TK = ids_TK.masked_fill(ids_TK == over, 1)
+            y = [
+                [block.experts.weight[e].T @ x for e in ids]
+                for x, ids in zip(x_TD, ids_TK, strict=True)
+            ]
+            y_TKD = torch.stack([torch.stack(row) for row in y])
+            y_TD = (y_TKD * (prob_TK / prob_TK.sum(-1, keepdim=True))[..., None]).sum(1)
+            x_BSD = x_BSD + y_TD.view_as(x_BSD)
+        return (x_BSD * torch.arange(1, x_BSD.shape[-1] + 1)).sum(-1).reshape(-1)
+
+    with moe_lens.intervene(model, loss=of_output) as iv, torch.no_grad():
+        base = iv.measure(TOKENS)
+        np.testing.assert_allclose(base.loss_BS.ravel(), plain(None), rtol=1e-4, atol=1e-4)
+        for n in (0, 1):
+            copied, gone = iv.duplicate(n, 1, over=2)(base), iv.knock_out(n, 1)(base)
+            assert copied.affected_N.any()
+            assert gone.affected_N.any()
+            np.testing.assert_allclose(copied.loss_N, plain(n, over=2), rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(gone.loss_N, plain(n, out=1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["bfloat16", "autocast"])
+def test_in_bfloat16_the_difference_is_that_of_the_routes(model, how):
+    """Knocked out, a token that never chose the expert keeps its bits; forced back, all do."""
+    if how == "bfloat16":
+        model = model.to(torch.bfloat16)
+
+    def loss(m, batch):
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+            return of_output(m, batch)
+
+    with moe_lens.intervene(model, loss=loss) as iv:
+        base = iv.measure(TOKENS)
+        cost = iv.knock_out(1, 2)(base)
+        own = iv.force(1, torch.from_numpy(base.layers[1].expert_ids_BSK))(base)
+    hit = (base.layers[1].expert_ids_BSK == 2).any(-1).ravel()
+    assert 0 < hit.sum() < 12
+    np.testing.assert_array_equal(cost.affected_N, hit)
+    assert (cost.delta_N[~hit] == 0).all()
+    assert (cost.delta_N[hit] != 0).any()
+    assert (own.delta_N == 0).all()
