@@ -17,7 +17,9 @@ from moe_lens.granularity.presets import Plan
 from moe_lens.granularity.runs import Row
 from moe_lens.trace.whole import written_whole
 
-TABLES = ("results", "regions", "pictures", "configurations")
+COUNTED = ("regions", "pictures", "configurations")
+"""Tables that need no training."""
+TABLES = ("results", *COUNTED)
 _KEY = b"moe_lens.lab"
 _TYPES = {
     "str": pa.string(),
@@ -34,6 +36,8 @@ class Results:
 
     Attributes:
         folder: The folder.
+        path: The file of the students.
+        page: The figures, written last: while they are there, nothing is missing.
         rows: Of students that have finished, here or before.
 
     Args:
@@ -47,6 +51,7 @@ class Results:
 
     def __init__(self, folder: Path, plan: Plan, *, force: bool) -> None:
         self.folder, self.path = folder, folder / "results.parquet"
+        self.page = folder / "figures.html"
         self.settings = _settings(plan)
         self.rows: list[Row] = []
         if self.path.exists():
@@ -68,12 +73,24 @@ class Results:
 
     def add(self, row: Row) -> None:
         """Keep a row; it stays if the process is killed right after."""
+        self.page.unlink(missing_ok=True)
         self.rows.append(row)
         self._write()
 
     def save(self, name: str, records: Sequence[dict[str, Any]]) -> None:
         """Write another table of this folder, with the same settings in its head."""
         self._save(name, pa.Table.from_pylist(list(records)))
+
+    def counted(self) -> dict[str, list[dict[str, Any]]] | None:
+        """The tables that were saved; None: all there is was not made, or not of these students."""
+        try:
+            tables = [pq.read_table(self.folder / f"{name}.parquet") for name in COUNTED]
+            heads = [json.loads((table.schema.metadata or {})[_KEY]) for table in tables]
+        except (OSError, pa.ArrowException, KeyError, ValueError):
+            return None
+        if not self.page.exists() or any(head != self.settings for head in heads):
+            return None
+        return {n: table.to_pylist() for n, table in zip(COUNTED, tables, strict=True)}
 
     def _write(self) -> None:
         self._save("results", pa.Table.from_pylist([asdict(row) for row in self.rows], SCHEMA))
@@ -96,8 +113,8 @@ class Results:
             )
         if (self.folder / "routing").exists():
             make_way(self.folder / "routing", force=True)
-        for name in (*(f"{table}.parquet" for table in TABLES), "figures.html"):
-            (self.folder / name).unlink(missing_ok=True)
+        for path in (*(self.folder / f"{table}.parquet" for table in TABLES), self.page):
+            path.unlink(missing_ok=True)
 
     def _read(self) -> None:
         try:

@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 
 from moe_lens.figures.blank import blank
 from moe_lens.figures.columns import known, numbers, one_run
-from moe_lens.figures.layered import line
+from moe_lens.figures.layered import line, logarithmic
 from moe_lens.figures.text import shown
 from moe_lens.figures.theme import figure
 from moe_lens.numbers import digits
@@ -42,6 +42,8 @@ def granularity_gap(table: pd.DataFrame) -> go.Figure:
         affine = numbers(table, "affine_nmse")
         line(made, numbers(table, "top_k"), affine, "best affine map", ".3~g", line_dash="dash")
     made.update_xaxes(title_text="experts a student uses a token (k)", type="log", dtick=0.30103)
-    made.update_yaxes(title_text="error (1: predicting zero)", type="log", tickformat=".3~g")
+    made.update_yaxes(title_text="error (1: predicting zero)", tickformat=".3~g")
+    drawn = [name for name in ("nmse", "published", "affine_nmse") if known(table, name)]
+    logarithmic(made, [numbers(table, name) for name in drawn])
     made.update_layout(hovermode="x unified")
     return made

@@ -38,7 +38,7 @@ def knock_out_by_load(table: pd.DataFrame) -> go.Figure:
     place = 1 + int((numbers(table, "load") > most["load"]).sum())
     made = figure(
         f"Expert {most['expert']} costs most to lose: {digits(most['knock_out'])}; by load it is "
-        f"number {place} of {len(table)}",
+        f"number {place} of {len(table)} measured",
         _agree(table),
     )
     kind_E = np.where(
@@ -47,8 +47,14 @@ def knock_out_by_load(table: pd.DataFrame) -> go.Figure:
         np.where(_flags(table, "dormant"), "dormant", "expert"),
     )
     dearest = set(table.sort_values("knock_out", ascending=False)["expert"].head(_NAMED))
+    named = np.equal(kind_E, "dormant but causal") | table["expert"].isin(dearest).to_numpy()
+    table = table.assign(kind=kind_E, name=np.where(named, table["expert"].astype(str), ""))
+    # Neighbours along the axis have their numbers on different sides.
+    turn = table[named].sort_values("load")["expert"].tolist()
+    side = ["middle right" if turn.index(e) % 2 == 0 else "middle left" for e in turn]
+    table["side"] = table["expert"].map(dict(zip(turn, side, strict=True))).fillna("middle right")
     for kind, (symbol, size) in _KINDS.items():
-        _marks(made, table[kind_E == kind], kind, symbol, size, dearest)
+        _marks(made, table[table["kind"] == kind], kind, symbol, size)
     fair = numbers(table, "fair")
     if np.isfinite(fair).any():
         at = float(np.nanmean(fair))
@@ -66,12 +72,9 @@ def knock_out_by_load(table: pd.DataFrame) -> go.Figure:
     return made
 
 
-def _marks(
-    made: go.Figure, rows: pd.DataFrame, kind: str, symbol: str, size: int, dearest: set[object]
-) -> None:
+def _marks(made: go.Figure, rows: pd.DataFrame, kind: str, symbol: str, size: int) -> None:
     if rows.empty:
         return
-    every = kind == "dormant but causal"
     made.add_scatter(
         x=numbers(rows, "load"),
         y=numbers(rows, "knock_out"),
@@ -84,8 +87,8 @@ def _marks(
         mode="markers+text",
         marker={"symbol": symbol, "size": size},
         name=kind,
-        text=[str(e) if every or e in dearest else "" for e in rows["expert"]],
-        textposition="middle right",
+        text=rows["name"].tolist(),
+        textposition=rows["side"].tolist(),
         textfont_size=11,
         cliponaxis=False,
         customdata=np.stack(

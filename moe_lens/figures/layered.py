@@ -12,6 +12,10 @@ from moe_lens.figures.columns import numbers
 MOST_LINES = 8
 """Lines that one figure shows; there are as many colours."""
 _BAND = "rgba(128,136,150,0.22)"
+_NARROW = 10
+"""Ratio of the largest to the least up to which an axis is linear: a log one might have no tick."""
+_WIDE = 1e5
+"""The same from which powers of ten are ticks enough."""
 
 
 def layered(
@@ -22,6 +26,7 @@ def layered(
     outstanding: object,
     *,
     form: str = ".3~f",
+    error: str | None = None,
 ) -> None:
     """Draw `value` over `x` for every layer of the table.
 
@@ -34,19 +39,32 @@ def layered(
         value: Column to draw.
         outstanding: The layer that stands out, the one of the title.
         form: d3's format of the value, in hover texts.
+        error: Column of the value's error, of the same unit; bars show it where each layer has a
+            line.
     """
-    wide = pd.DataFrame(
-        {"x": numbers(table, x), "layer": table["layer"], "value": numbers(table, value)}
-    ).pivot(index="x", columns="layer", values="value")
+    wide = _wide(table, x, value)
     known = wide.loc[:, wide.notna().any()]
     if len(known.columns) <= MOST_LINES:
+        errors = None if error is None else _wide(table, x, error)
         for layer in known:
-            line(made, known.index, known[layer], f"layer {layer}", form)
+            bars = {} if errors is None else {"error_y": _bars(errors[layer])}
+            line(made, known.index, known[layer], f"layer {layer}", form, **bars)
         return
     # The lines come first, and so have the first colours; the band lies below them all the same.
     line(made, known.index, known.median(axis=1), "median layer", form)
     line(made, known.index, known[outstanding], f"layer {outstanding}", form)
     _range(made, known, form)
+
+
+def _wide(table: pd.DataFrame, x: str, value: str) -> pd.DataFrame:
+    """The column by x and layer."""
+    return pd.DataFrame(
+        {"x": numbers(table, x), "layer": table["layer"], "value": numbers(table, value)}
+    ).pivot(index="x", columns="layer", values="value")
+
+
+def _bars(errors: pd.Series) -> dict[str, object]:
+    return {"type": "data", "array": errors, "thickness": 1, "width": 3}
 
 
 def _range(made: go.Figure, wide: pd.DataFrame, form: str) -> None:
@@ -100,6 +118,17 @@ def line(made: go.Figure, x: object, y: object, name: str, form: str, **more: ob
         hovertemplate=f"%{{y:{form}}}",
         **more,
     )
+
+
+def logarithmic(made: go.Figure, drawn: ArrayLike) -> None:
+    """Make the y axis logarithmic, if what is drawn goes over more than a power of ten."""
+    values = np.asarray(drawn, np.float64)
+    values = values[np.isfinite(values) & (values > 0)]
+    if not len(values):
+        return
+    apart = values.max() / values.min()
+    if apart > _NARROW:
+        made.update_yaxes(type="log", dtick="D2" if apart < _WIDE else None)  # D2: 1, 2, 5, 10
 
 
 def steps(made: go.Figure, title: str = "step") -> None:

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from moe_lens.figures.blank import blank
 from moe_lens.figures.columns import known, numbers, one_run
 from moe_lens.figures.heat import whole
-from moe_lens.figures.layered import line
+from moe_lens.figures.layered import line, logarithmic
 from moe_lens.figures.theme import figure
 from moe_lens.numbers import count, percent
 
@@ -19,10 +19,6 @@ _LINES = {
     "chance": ("seen of a router that draws sets alike", {"line_dash": "dashdot"}),
     "possible": ("that the router can reach", {"line_dash": "dash"}),
 }
-_NARROW = 10
-"""Ratio of the largest to the least up to which an axis is linear: a log one might have no tick."""
-_WIDE = 1e5
-"""The same from which powers of ten are ticks enough."""
 
 
 def sets_by_layer(table: pd.DataFrame) -> go.Figure:
@@ -53,10 +49,7 @@ def sets_by_layer(table: pd.DataFrame) -> go.Figure:
     made.update_xaxes(title_text="layer")
     whole(made.layout.xaxis, len(table))
     made.update_yaxes(title_text="sets of experts", tickformat=",~g")
-    drawn = np.concatenate([numbers(table, column) for column in _LINES])
-    apart = np.nanmax(drawn) / np.nanmin(drawn[drawn > 0])
-    if apart > _NARROW:
-        made.update_yaxes(type="log", dtick="D2" if apart < _WIDE else None)  # D2: 1, 2, 5, 10
+    logarithmic(made, np.concatenate([numbers(table, column) for column in _LINES]))
     made.update_layout(
         hovermode="x unified", legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"}
     )

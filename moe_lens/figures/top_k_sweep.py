@@ -23,18 +23,21 @@ def top_k_sweep(table: pd.DataFrame) -> go.Figure:
     table = table[table["intervention"] == "top_k"]
     if not known(table, "cost"):
         return blank("Another top-k", "No other top-k was measured.")
-    most, least = top(table, "cost"), table.iloc[int(numbers(table, "cost").argmin())]
+    most, at = top(table, "cost"), int(numbers(table, "cost").argmin())
+    least, error = table.iloc[at], numbers(table, "cost_error")[at]
     title = f"Top-{most['number']} of layer {most['layer']} costs most: {digits(most['cost'])}"
-    if least["cost"] < 0:
+    if least["cost"] < -2 * error:  # nor where the error is not known
         title += f"; top-{least['number']} of layer {least['layer']} gains {digits(-least['cost'])}"
-    made = figure(title, "Mean change of the loss; one layer at a time, all its tokens at once")
-    layered(made, table, "number", "cost", most["layer"], form=".4~f")
+    made = figure(
+        title, "Mean change of the loss, ± error; one layer at a time, all its tokens at once"
+    )
+    layered(made, table, "number", "cost", most["layer"], form=".4~f", error="cost_error")
     own = set(numbers(table, "own")[numbers(table, "own") > 0].tolist())
     if len(own) == 1:
         made.add_vline(x=own.pop())
     made.add_hline(y=0)
     made.update_layout(hovermode="x unified")
-    made.update_xaxes(title_text="experts a token uses (dotted: the router's own top-k)")
+    made.update_xaxes(title_text="experts a token uses (line: its own)")
     whole(made.layout.xaxis, table["number"].nunique())
     made.update_yaxes(title_text="cost (loss per token)", tickformat=".3~g")
     return made

@@ -19,7 +19,7 @@ from moe_lens.metrics.constellation import Foretold, foretold
 from moe_lens.metrics.tokens import Tokens, tokens_of
 from moe_lens.metrics.warm_start import Loads, loads
 from moe_lens.queries.memory import MOST, chosen_layers
-from moe_lens.queries.pairing import KEY, texts
+from moe_lens.queries.pairing import KEY, numbered, texts
 from moe_lens.queries.session import Trace, one_run
 
 if TYPE_CHECKING:
@@ -176,7 +176,4 @@ def _tokens(
     headless = rows[rows["first_position"] > 0].groupby(["rank", "sequence"]).ngroups
     tokens = tokens_of(whole, info.experts)
     phase_T = whole.drop_duplicates("nth")["phase"].to_numpy(object)
-    heads = whole.drop_duplicates(["rank", "sequence"])
-    where = list(zip(heads["rank"], heads["sequence"], strict=True))
-    text_S = pd.factorize(pd.Series([of_pair.get(x, x) for x in where], dtype=object))[0]
-    return tokens, phase_T, np.asarray(text_S, np.int64), headless
+    return tokens, phase_T, numbered(whole, of_pair), headless

@@ -24,6 +24,18 @@ def results(run: str | Path) -> list[str]:
     return replayed.results(run, COUNTERFACTUAL)
 
 
+def newest_first(run: str | Path) -> list[str]:
+    """Names of the results, the one that was written last first."""
+    return sorted(results(run), key=lambda name: _written(run, name), reverse=True)
+
+
+def _written(run: str | Path, name: str) -> int:
+    try:
+        return (Path(run) / COUNTERFACTUAL.name / f"{name}.parquet").stat().st_mtime_ns
+    except OSError:  # it has its final name by now
+        return 0
+
+
 def about(run: str | Path, name: str) -> dict[str, Any]:
     """What a result says of itself: model, tokens, layers, what was refused, `interrupted`.
 

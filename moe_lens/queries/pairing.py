@@ -68,6 +68,19 @@ def texts(
                     named.dropna().map(str), strict=True))  # fmt: skip
 
 
+def numbered(rows: pd.DataFrame, of_pair: Mapping[tuple[int, int], str]) -> Ints:
+    """Of each sequence, as the rows' `rank` and `sequence` first name it: the number of its text.
+
+    Args:
+        rows: Rows of tokens.
+        of_pair: Of `texts`; a sequence that is not in it has a text of its own.
+    """
+    heads = rows.drop_duplicates(["rank", "sequence"])
+    where = list(zip(heads["rank"], heads["sequence"], strict=True))
+    named = pd.Series([of_pair.get(x, x) for x in where], dtype=object)
+    return np.asarray(pd.factorize(named)[0], np.int64)
+
+
 def _sequences(trace: Trace) -> pd.DataFrame:
     known = trace.table("sequences").df().drop_duplicates(["rank", "sequence"], keep="last")
     return known.sort_values(["rank", "sequence"])

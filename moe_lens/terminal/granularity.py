@@ -36,27 +36,39 @@ def print_lab(
     print_plain(console, "", Text(said, style="dim"))
     author = bool(source)
     _print(console, "Students of equal active parameters", _gap(tables["gap"], author))
-    print_plain(
+    _note(
         console,
-        Padding.indent(
-            notes(
-                "error: squared, over that of predicting zero; FVU: over that of predicting the "
-                "mean. affine: the best affine map. sets: different sets of experts that "
-                f"{count(tables['gap'][0]['sets_tokens'])} tokens chose, of those that there are.",
-                f"author: {source}." if author else "",
-            ),
-            _INDENT,
-        ),
+        "error: squared, over that of predicting zero; FVU: over that of predicting the mean. "
+        "affine: the best affine map. sets: different sets of experts that "
+        f"{count(tables['gap'][0]['sets_tokens'])} tokens chose, of those that there are.",
+        f"author: {source}." if author else "",
     )
     if tables["sweeps"]:
         _print(console, "The same k, in larger layers", _sweeps(tables["sweeps"], author))
     _print(console, "Regions of a plane, one for each set of experts", _regions(tables["regions"]))
+    _note(
+        console,
+        "circle: arcs of the unit circle, of routers without a bias. square: one that holds "
+        "nearly all normal inputs, with a bias. plane: such a square of a plane through the inputs "
+        "of what was trained. Counted exactly, where scores cross; a picture may miss the "
+        "smallest.",
+    )
     _print(console, "Sets that random routers reach", _configurations(tables["configurations"]))
+    _note(
+        console,
+        f"sets: different ones that {count(tables['configurations'][0]['tokens'])} normal inputs "
+        "of d dimensions chose. at least: Chao's estimate of all they would. coverage: the "
+        "probability that the next input's set is one of these (Good-Turing).",
+    )
     print_plain(console, "")
 
 
 def _print(console: Console, title: str, made: RenderableType) -> None:
     print_plain(console, "", Text(title, style="bold"), Padding.indent(made, _INDENT))
+
+
+def _note(console: Console, *texts: str) -> None:
+    print_plain(console, Padding.indent(notes(*texts), _INDENT))
 
 
 def _gap(records: Records, author: bool) -> RenderableType:

@@ -9,7 +9,7 @@ from moe_lens.trace.measured import Measured, read_measured
 from moe_lens.trace.schema import COUNTERFACTUAL
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Counterfactual(Measured):
     """What was measured: `RUN/counterfactual/<name>.parquet`.
 

@@ -22,7 +22,7 @@ from moe_lens.trace.schema import Table
 from moe_lens.trace.segment import open_parquet
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Measured:
     """What was measured.
 
@@ -35,6 +35,11 @@ class Measured:
     path: Path
     about: dict[str, Any]
     interrupted: bool
+
+    def __repr__(self) -> str:
+        tokens = self.about.get("measured_tokens")
+        of = "" if tokens is None else f", {tokens} tokens"
+        return f"{type(self).__name__}({self.path}{of}{', interrupted' if self.interrupted else ''})"
 
     def columns(self) -> dict[str, NDArray[Any]]:
         """The file by columns, but those of lists."""

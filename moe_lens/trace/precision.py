@@ -47,7 +47,7 @@ PRECISION = Table(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Precision(Measured):
     """What was measured: `RUN/precision/<name>.parquet`.
 

@@ -134,6 +134,7 @@ def answers(
                 number=k,
                 own=2,
                 cost=(k - 2) ** 2 / 10 - 0.01 * layer,
+                cost_error=0.004,
             )
         add(
             "sets_by_layer",

@@ -6,15 +6,20 @@ import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import streamlit as st
 
+from moe_lens.queries import pairing
 from moe_lens.queries.info import RunInfo
+from moe_lens.queries.pairing import KEY, numbered
 from moe_lens.queries.places import version
 from moe_lens.queries.result import Result
 from moe_lens.queries.session import Trace, open_trace
+
+if TYPE_CHECKING:
+    from moe_lens.metrics.chance import Ints
 
 SKIP_DAMAGED = "MOE_LENS_SKIP_DAMAGED"
 """Environment variable: leave out segments that cannot be read."""
@@ -90,6 +95,16 @@ def info(path: str) -> RunInfo:
     return _info(path, now, trace)
 
 
+def texts(path: str, rows: pd.DataFrame) -> Ints:
+    """Of each sequence, in the order of the rows: a number that sequences of one text share.
+
+    Raises:
+        TraceError: The run cannot be read.
+    """
+    trace, now = current(path)
+    return numbered(rows, _of_pair(path, now, trace))
+
+
 # Streamlit leaves arguments that begin with an underscore out of the key, and pickles what is kept:
 # Arrow, since a data frame with lists of experts takes 20 times as long.
 @st.cache_data(max_entries=300, show_spinner=False)
@@ -97,6 +112,11 @@ def _answer(
     path: str, now: str, question: str, parameters: tuple[tuple[str, Any], ...], _trace: Trace
 ) -> Result:
     return _trace.query(question, **dict(parameters))
+
+
+@st.cache_data(max_entries=50, show_spinner=False)
+def _of_pair(path: str, now: str, _trace: Trace) -> dict[tuple[int, int], str]:
+    return pairing.texts(_trace, KEY, ())
 
 
 @st.cache_data(max_entries=50, show_spinner=False)

@@ -11,6 +11,7 @@ import streamlit as st
 
 from moe_lens.figures.sets_by_layer import sets_by_layer
 from moe_lens.metrics.catalogue import Measured, measure, metrics
+from moe_lens.metrics.configurations import UNDEFINED
 from moe_lens.metrics.evidence import Evidence
 from moe_lens.numbers import count
 from moe_lens.queries import along
@@ -115,9 +116,11 @@ def _look(info: LayerInfo, rows: pd.DataFrame) -> _Layer:
     if not is_chosen_by_token(info):
         rows = rows.iloc[:0]
     ids_NK = along.choices(rows, info.experts)[0] if len(rows) else None
+    said = configuration(info)
+    why = UNDEFINED | said.pop("why", {})
     known = Evidence(
         experts=info.experts, outputs=info.experts + info.zero_experts, top_k=info.top_k,
-        ids_NK=ids_NK, **configuration(info),
+        ids_NK=ids_NK, why=why, **said,
     )  # fmt: skip
     wanted = (*_CONFIGURED, *_SEEN) if len(rows) else _CONFIGURED
     return _Layer(info, len(rows), {name: measure(metrics()[name], known) for name in wanted})
@@ -173,7 +176,7 @@ def _table(layers: list[_Layer]) -> None:
         "top_k": columns.whole("k", help="Experts of a token."),
         "share": columns.share("k / m"),
         "finer": columns.number(
-            "finer", 1, help="How many experts are as wide as a dense layer: 4 d / d_expert."
+            "granularity", 1, help="How many experts are as wide as a dense layer: 4 d / d_expert."
         ),
         "groups": columns.text("groups", help="A token's experts come from so many of them."),
         "bits": columns.number(
@@ -184,7 +187,8 @@ def _table(layers: list[_Layer]) -> None:
         "coverage": columns.share("coverage", help="Good-Turing: 1 - sets seen once / tokens."),
         "at_least": columns.whole("at least", help="Chao 1984: sets in use, unseen ones too."),
         "effective": columns.whole(
-            "evenly", help="So many sets, used alike, would meet as often (Simpson)."
+            "effective sets",
+            help="So many sets, all used alike, would be met again as often as these (Simpson).",
         ),
     }
     table = pd.DataFrame(rows, columns=list(shown))

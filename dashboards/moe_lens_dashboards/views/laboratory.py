@@ -96,7 +96,10 @@ def _students(found: Laboratory) -> None:
     shown = {
         "teacher": columns.text("teacher", help="16e8a: 16 experts, 8 of a token."),
         "student": columns.text("student"),
-        "larger": columns.text("larger", help="Than one of as many active parameters."),
+        "larger": columns.text(
+            "scaled",
+            help="Wider experts, or more of them, than the student of equal active parameters has.",
+        ),
         "width": columns.whole("width", help="Neurons of an expert."),
         "nmse": columns.digits("error", help="Squared, over that of predicting zero."),
         "published": columns.digits("the author's", help=SOURCE),

@@ -189,7 +189,8 @@ def _beginnings(run: OpenRun, layer: int, asked: Asked, memory: Memory) -> None:
     size = max(memory.largest, memory.experts // 2)
     tokens: Tokens = tokens_of(asked.table, info.experts)
     every_T = np.ones(len(tokens), bool)
-    table = by_beginning((foretold(tokens, every_T, n) for n in _BEGINNINGS), size)
+    text_S = traces.texts(run.path, asked.table)
+    table = by_beginning((foretold(tokens, every_T, n, text_S=text_S) for n in _BEGINNINGS), size)
     st.subheader("What a conversation's beginning foretells", anchor=False)
     show(prefix_recall(table), asked, key="prefix_recall")
     st.caption(

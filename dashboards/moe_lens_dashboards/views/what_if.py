@@ -12,7 +12,7 @@ from moe_lens.figures.knock_out_by_load import knock_out_by_load
 from moe_lens.figures.regret_by_slice import regret_by_slice
 from moe_lens.figures.top_k_sweep import top_k_sweep
 from moe_lens.numbers import count
-from moe_lens.queries.counterfactual import about, results
+from moe_lens.queries.counterfactual import about, newest_first
 from moe_lens_dashboards.components import columns
 from moe_lens_dashboards.components.choose import choose
 from moe_lens_dashboards.components.notices import failed
@@ -24,11 +24,17 @@ _PARTIAL = "-interrupted"
 """What the name of an unfinished result ends in."""
 _REFUSED = 5
 """So many changes that could not be made are listed."""
+_SURE = {
+    "margin": "Quarters of each layer's tokens by margin, the k-th choice's score over the next "
+    "one's: the router is least sure in the first.",
+    "entropy": "Quarters of each layer's tokens by entropy of the router: it is least sure in the "
+    "last.",
+}
 
 
 def page(run: OpenRun) -> None:
     """Draw the page."""
-    names = results(run.path)
+    names = newest_first(run.path)
     if not names:
         _none(run)
         return
@@ -67,7 +73,8 @@ def _about(said: dict[str, Any]) -> None:
         plain(
             f"{said['model']}: {count(said.get('measured_tokens'))} tokens of "
             f"{count(said.get('sequences'))} sequences. Costs are the loss under a change minus "
-            "the loss without it, a token; one layer is changed at a time."
+            "the loss without it, a token; one layer is changed at a time. The loss is the next "
+            "token's cross-entropy in nats, unless another was measured (--loss)."
         )
     )
     refused = list(said.get("refused", {}).items())
@@ -144,7 +151,7 @@ def _routes(run: OpenRun, name: str) -> None:
     if by_layer.table.empty:
         show(regret_by_slice(by_layer.table), by_layer, key="regret")
         return
-    sure = choose("by", "How sure the router is", ["margin", "entropy"], "margin")
+    sure = choose("by", "How sure the router is", list(_SURE), "margin")
     asked = {
         by: run.ask("route_regret", result=name, by=by, together=True)
         for by in ("margin", "entropy", "tag")
@@ -152,6 +159,7 @@ def _routes(run: OpenRun, name: str) -> None:
     left, right = st.columns(2)
     with left:
         show(regret_by_slice(asked[sure].table), asked[sure], key="regret by certainty")
+        st.caption(_SURE[sure])
     with right:
         show(regret_by_slice(asked["tag"].table), asked["tag"], key="regret by tag")
     _regret_table([by_layer, *asked.values()])
@@ -165,7 +173,9 @@ def _regret_table(asked: list[Asked]) -> None:
     shown = {
         "layer": columns.text("layer"),
         "slice": columns.text(
-            "tokens", help="Margin, entropy: quarters of each layer's tokens, the least first."
+            "tokens",
+            help="Quarters of each layer's tokens. The router is least sure in the first quarter "
+            "by margin, and in the last by entropy.",
         ),
         "tokens": columns.whole("n"),
         "regret": columns.cost("regret", help="Loss minus the least loss of the drawn routes."),

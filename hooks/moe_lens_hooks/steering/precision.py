@@ -18,7 +18,7 @@ from moe_lens_hooks.steering.change import Base
 from moe_lens_hooks.steering.counterfactual import Progress, measure_all
 from moe_lens_hooks.steering.fake_quant import format_of
 from moe_lens_hooks.steering.interventions import TOKENS_AT_ONCE, Interventions, intervene
-from moe_lens_hooks.steering.matching import match
+from moe_lens_hooks.steering.matching import match, warn_of_another_class
 from moe_lens_hooks.steering.matrices import weights_of
 from moe_lens_hooks.steering.rounding import PARTS, Part, RoundedLayer, Rounding
 from moe_lens_hooks.steering.token_losses import Batch, Loss, next_token_loss
@@ -84,6 +84,7 @@ def precision(
     meta = open_run(run).meta
     session = intervene(model, loss=loss, tokens_at_once=tokens_at_once, adapters=adapters)
     match(meta, str(run), session.passes.layers)
+    warn_of_another_class(meta, str(run), model)
     about: dict[str, Any] = {"model": type(model).__name__, "formats": [f.name for f in wanted]}
     about |= {"parts": asked, "tokens": tokens, "tokens_at_once": tokens_at_once}
     with Result(path, about, PRECISION) as result:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,13 +121,30 @@ def test_the_students_routing_is_a_trace(finished: tuple[Path, Result]) -> None:
     assert "distinct_sets" in said.output
 
 
-def test_what_is_finished_is_not_trained_again(finished: tuple[Path, Result]) -> None:
-    out, _ = finished
+def test_what_is_finished_is_neither_trained_nor_counted_again(
+    finished: tuple[Path, Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moe_lens.granularity import regions
+
+    out, first = tmp_path / "a", finished[1]
+    shutil.copytree(finished[0], out)
     before = pq.read_table(out / "results.parquet")
+    count, counted = regions.region_counts, list[int]()
+    monkeypatch.setattr(regions, "region_counts", lambda *x: counted.append(0) or count(*x))
     done = lab(out, SIX)
     assert done.exit_code == 0
     assert "2 of 2 students are in" in done.output
     assert pq.read_table(out / "results.parquet").equals(before)
+    shown, as_before = (x.output.partition("Students of equal")[2] for x in (done, first))
+    assert shown.partition("figures:")[0] == as_before.partition("figures:")[0]
+    assert counted == []
+    (out / "figures.html").unlink()  # of an end that was interrupted
+    assert lab(out, SIX).exit_code == 0
+    assert (out / "figures.html").stat().st_size > 1_000_000
+    (out / "regions.parquet").write_bytes(b"torn")
+    assert lab(out, SIX).exit_code == 0
+    assert len(pq.read_table(out / "regions.parquet")) == 63
+    assert len(counted) == 2
 
 
 @pytest.mark.usefixtures("short")

@@ -83,6 +83,17 @@ def test_counts_alone_show_what_the_router_could_reach(opened: Any, tmp_path: Pa
     assert "Not computed in layer 1: reachable bits: no fixed number of choices" in shown
 
 
+def test_sets_that_are_all_different_say_why_they_have_no_effective_number(
+    opened: Any, tmp_path: Path
+) -> None:
+    generate(tmp_path / "run", Spec(layers=1, experts=256, top_k=8, steps=1, sequences=1, length=8))
+    app = turned(opened(tmp_path / "run"), "granularity")
+    assert not app.exception
+    assert app.dataframe[0].value["used"].tolist() == [8]
+    said = "effective sets: no two tokens chose the same set of experts."
+    assert f"Not computed in layer 0: {said}" in texts(app)
+
+
 def test_an_imported_run_says_why_it_has_no_rows(opened: Any, tmp_path: Path) -> None:
     path = tmp_path / "run"
     write_meta(path, meta(0, imported="eplb: a.json", lacks={"tokens": "counts alone"}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,11 @@ def test_an_interrupted_result_says_so_and_a_whole_one_comes_first(opened: Any, 
     assert "This measurement was interrupted" in texts(app)
     app = turned(opened(run, result="gone"), "what_if")
     assert "result=gone in the link is not here" in texts(app)
+    os.utime(write(run, "c", made_up(5), said(rows) | {"model": "Newest"}), (2e9, 2e9))
+    os.utime(run / "counterfactual" / "b.parquet", (1e9, 1e9))
+    assert "Newest" in texts(turned(opened(run), "what_if"))
+    os.utime(run / "counterfactual" / "b.parquet", (3e9, 3e9))
+    assert "Newest" not in texts(turned(opened(run), "what_if"))
 
 
 def test_what_was_refused_is_said(opened: Any, run: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+import pytest
 from support.figure_tables import answers
 
 from moe_lens.figures.knock_out_by_load import knock_out_by_load
@@ -60,6 +61,13 @@ def test_the_sweep_leaves_the_runner_up_out_and_names_what_gains() -> None:
     assert [list(t.x) for t in made.data] == [[1, 2, 3, 4]] * 2
     assert "Top-4 of layer 0 costs most: 0.4000" in made.layout.title.text
     assert "top-2 of layer 1 gains 0.0100" in made.layout.title.text
+    assert [list(t.error_y.array) for t in made.data] == [[0.004] * 4] * 2
+
+
+@pytest.mark.parametrize("error", [0.006, None])
+def test_a_gain_within_two_errors_is_none(error: float | None) -> None:
+    table = answers(layers=2)["route_changes"].assign(cost_error=error)
+    assert "gains" not in top_k_sweep(table).layout.title.text
 
 
 def test_sets_are_titled_by_the_layer_furthest_below_chance() -> None:

@@ -7,11 +7,13 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from support.paired_prompts import EXPERTS, by_id, by_last, by_position, write_prompts
 
 from moe_lens.errors import QueryError
 from moe_lens.queries.paired import Paired, paired
+from moe_lens.queries.pairing import numbered
 from moe_lens.queries.session import open_trace
 from moe_lens.trace.synthetic import Spec, generate
 
@@ -33,6 +35,13 @@ def found(tmp_path: Path, prompts: Any, routers: Any, **asked: Any) -> Paired:
 
 def layer(of: Paired, n: int = 0) -> dict[str, Any]:
     return of.layers.to_dict("records")[n]
+
+
+def test_sequences_are_numbered_by_their_texts() -> None:
+    rows = pd.DataFrame({"rank": [0, 0, 0, 1, 0, 1], "sequence": [3, 3, 1, 3, 7, 1]})
+    of_pair = {(0, 3): "a", (0, 7): "a", (1, 3): "b"}
+    assert numbered(rows, of_pair).tolist() == [0, 1, 2, 0, 3]
+    assert numbered(rows, {}).tolist() == [0, 1, 2, 3, 4]
 
 
 def test_a_router_of_ids_is_context_free_and_others_are_not(tmp_path: Path) -> None:

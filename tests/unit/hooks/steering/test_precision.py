@@ -465,3 +465,19 @@ def test_a_layer_whose_weights_are_unknown_is_left_out_by_name(tmp_path):
     assert "is_transposed" in found.about["refused"]["blocks.0"]
     with pytest.raises(moe_lens.UnsupportedRouter, match="is_transposed"):
         measure(model, tmp_path, layers=[0])
+
+
+def test_what_is_returned_says_in_a_line_what_was_measured(tmp_path):
+    found, _ = measure(tiny(), tmp_path, formats=["int8"])
+    assert repr(found) == f"Precision({found.path}, 48 tokens)"
+
+
+def test_a_model_of_another_class_is_warned_of(tmp_path):
+    class Other(TinyModel):
+        pass
+
+    model = tiny()
+    record(model, tmp_path / "run", [TOKENS])
+    model.__class__ = Other
+    with pytest.warns(UserWarning, match="recorded from a TinyModel, this is a Other"):
+        measure(model, tmp_path, formats=["int8"])
