@@ -49,10 +49,10 @@ def knock_out_by_load(table: pd.DataFrame) -> go.Figure:
     dearest = set(table.sort_values("knock_out", ascending=False)["expert"].head(_NAMED))
     named = np.equal(kind_E, "dormant but causal") | table["expert"].isin(dearest).to_numpy()
     table = table.assign(kind=kind_E, name=np.where(named, table["expert"].astype(str), ""))
-    # Neighbours along the axis have their numbers on different sides.
+    # Those further left have their number on the left, so that neighbours' do not overlap.
     turn = table[named].sort_values("load")["expert"].tolist()
-    side = ["middle right" if turn.index(e) % 2 == 0 else "middle left" for e in turn]
-    table["side"] = table["expert"].map(dict(zip(turn, side, strict=True))).fillna("middle right")
+    left = set(turn[: (len(turn) + 1) // 2]) if len(turn) > 1 else set()
+    table["side"] = np.where(table["expert"].isin(left), "middle left", "middle right")
     for kind, (symbol, size) in _KINDS.items():
         _marks(made, table[table["kind"] == kind], kind, symbol, size)
     fair = numbers(table, "fair")
