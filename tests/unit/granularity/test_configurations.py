@@ -14,11 +14,11 @@ from moe_lens.granularity.draws import generator
 from moe_lens.granularity.partition import on_circle
 
 
-@pytest.mark.parametrize("experts", [5, 63, 64, 200])
+@pytest.mark.parametrize("experts", [5, 63, 66, 200])
 def test_sets_are_counted_whatever_their_order(experts: int) -> None:
     drawn = torch.Generator().manual_seed(0)
     scores = torch.randn(3_000, experts, generator=drawn)
-    scores[:, :4] += 6  # few sets, met often
+    scores[:, -4:] += 6  # few sets, met often
     ids_NK = scores.topk(3, dim=1).indices
     found = realised(ids_NK, experts)
     sets = [frozenset(row) for row in ids_NK.tolist()]

@@ -87,6 +87,12 @@ def test_weights_are_drawn_as_torchs_linear_draws_them() -> None:
         assert 0.095 < parameter.abs().max().item() <= 0.1
 
 
+def test_constant_experts_have_a_mean_squared_norm_of_1() -> None:
+    of = MoE(Shape(400, 2, 1), 50, "constant", torch.Generator().manual_seed(0))
+    assert of.out_ED.square().sum(1).mean().item() == pytest.approx(1, rel=0.05)
+    assert of.out_ED.mean().item() == pytest.approx(0, abs=0.005)
+
+
 def test_two_generators_are_two_layers() -> None:
     a, same, other = layer("linear"), layer("linear"), layer("linear", seed=1)
     assert torch.equal(a.in_DH, same.in_DH)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -24,6 +25,13 @@ def test_regions_are_of_random_routers_and_of_trained_ones(planned: Plan, rows: 
     assert [r["router"] for r in trained] == ["teacher 4e2a", "student 4e2a", "student 2e1a"]
     assert trained[2]["regions"] == 2  # two experts, no bias: one line
     assert all(r["regions"] <= 2 ** r["possible_bits"] + 1e-9 for r in found)
+
+
+def test_layers_that_were_scaled_are_on_no_plane(planned: Plan, rows: list[Row]) -> None:
+    for scaled in ({"width_factor": 4}, {"experts_factor": 4}, {"gate_bias": True}):
+        changed = [rows[0], replace(rows[1], **scaled)]
+        trained = [r for r in regions.region_counts(planned, changed) if r["where"] == "plane"]
+        assert [r["router"] for r in trained] == ["teacher 4e2a", "student 4e2a"]
 
 
 def test_a_picture_shows_what_was_counted(planned: Plan, rows: list[Row]) -> None:
