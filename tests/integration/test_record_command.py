@@ -101,7 +101,7 @@ def test_the_script_runs_as_it_would_and_its_model_is_recorded(script, python, r
     run = Path("out") / "TinyModel"
     assert said == [
         f"recording TinyModel (2 MoE layers) into {run}",
-        f"1 steps, 6 tokens in {run}; next: moe-lens report {run}",
+        f"1 step, 6 tokens in {run}; next: moe-lens report {run}",
     ]
     steps = frame(tmp_path / run, "steps")
     assert steps.tokens.tolist() == [6]
