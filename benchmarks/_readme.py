@@ -6,6 +6,7 @@ python benchmarks/_readme.py
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from _common import RESULTS
@@ -22,17 +23,29 @@ def newest() -> list[dict[str, Any]]:
 
 
 def markdown(results: list[dict[str, Any]]) -> str:
-    lines = [HEADING, "The newest files in `results/`, put here by `benchmarks/_readme.py`.\n"]
-    lines += ["| gate | measured | bound | | date |", "|---|---|---|---|---|"]
+    """The gates, a table for each machine."""
+    lines = [HEADING, "The newest files in `results/`, put here by `benchmarks/_readme.py`."]
+    for machine in dict.fromkeys(map(_machine, results)):
+        lines += ["", *_table(machine, [r for r in results if _machine(r) == machine])]
+    return "\n".join([*lines, ""])
+
+
+def _machine(result: dict[str, Any]) -> str:
+    said = result["machine"]
+    gpu = said.get("device_name")
+    return f"{f'{gpu}, ' if gpu else ''}{said['cpu']}, {said['cores']} cores"
+
+
+def _table(machine: str, results: list[dict[str, Any]]) -> Iterator[str]:
+    packages = {k: v for r in results for k, v in r["versions"].items()}
+    shown = ", ".join(f"{name} {version}" for name, version in packages.items())
+    yield f"On {machine}; {shown}:\n"
+    yield "| gate | measured | bound | | date |\n|---|---|---|---|---|"
     for result in results:
         for gate in result["gates"]:
             verdict = "ok" if gate["passed"] else "**missed**"
             measured, bound, day = f"{gate['value']:.4g}", gate["bound"], result["date"][:10]
-            lines.append(f"| {gate['name']} | {measured} | {bound} | {verdict} | {day} |")
-    found = {f"{r['machine']['cpu']}, {r['machine']['cores']} cores" for r in results}
-    packages = {k: v for r in results for k, v in r["versions"].items()}
-    shown = ", ".join(f"{name} {version}" for name, version in packages.items())
-    return "\n".join([*lines, f"\nTaken on {' and '.join(sorted(found))}; {shown}.\n"])
+            yield f"| {gate['name']} | {measured} | {bound} | {verdict} | {day} |"
 
 
 if __name__ == "__main__":
