@@ -39,7 +39,9 @@ class Measured:
     def __repr__(self) -> str:
         tokens = self.about.get("measured_tokens")
         of = "" if tokens is None else f", {tokens} tokens"
-        return f"{type(self).__name__}({self.path}{of}{', interrupted' if self.interrupted else ''})"
+        return (
+            f"{type(self).__name__}({self.path}{of}{', interrupted' if self.interrupted else ''})"
+        )
 
     def columns(self) -> dict[str, NDArray[Any]]:
         """The file by columns, but those of lists."""

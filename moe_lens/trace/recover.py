@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from moe_lens.errors import TraceError, TraceWriteError
@@ -72,10 +73,20 @@ def recover_rank(run: Path, meta: Meta) -> list[Recovered]:
 
 
 def next_value(run: Path, meta: Meta, table: str, column: str) -> int:
-    """One more than the largest value of a key column in the rank's segments; 0 without any."""
+    """One more than the largest value of a key column in the rank's segments; 0 without any.
+
+    Raises:
+        TraceError: A segment is damaged.
+    """
     top = -1
     for path in layout.segments(run, table, meta.rank).values():
-        footer = pq.read_metadata(path)
+        try:
+            footer = pq.read_metadata(path)
+        except (OSError, pa.ArrowException) as e:
+            raise TraceError(
+                f"{path} is damaged ({e}), so that it is not known how far the trace went: record "
+                "into another folder."
+            ) from e
         at = footer.schema.names.index(column)
         for group in range(footer.num_row_groups):
             top = max(top, footer.row_group(group).column(at).statistics.max)

@@ -205,3 +205,13 @@ def test_the_next_number_is_one_above_all_segments(tmp_path: Path) -> None:
     assert next_value(tmp_path, meta, "steps", "window") == 25
     assert next_value(tmp_path, meta, "steps", "forward") == 1
     assert next_value(tmp_path, new_meta(rank=1), "steps", "window") == 0
+
+
+def test_a_damaged_segment_has_no_next_value(tmp_path: Path) -> None:
+    store = TraceStore(tmp_path, new_meta(), seal_rows=5)
+    store.append("steps", rows("steps", 5))
+    store.close()
+    (path,) = layout.segments(tmp_path, "steps", 0).values()
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(TraceError, match=r"\.parquet is damaged .* into another folder\.$"):
+        next_value(tmp_path, new_meta(), "steps", "step")
