@@ -88,7 +88,8 @@ class Results:
             heads = [json.loads((table.schema.metadata or {})[_KEY]) for table in tables]
         except (OSError, pa.ArrowException, KeyError, ValueError):
             return None
-        if not self.page.exists() or any(head != self.settings for head in heads):
+        whole = self.page.exists() and (self.folder / "routing").is_dir()
+        if not whole or any(head != self.settings for head in heads):
             return None
         return {n: table.to_pylist() for n, table in zip(COUNTED, tables, strict=True)}
 

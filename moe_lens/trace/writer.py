@@ -97,7 +97,7 @@ class TraceWriter:
         self._events: deque[_Item] = deque()
         self._waiting_bytes = 0
         self._changed = threading.Condition()
-        self._closing = False
+        self._closing = self._ended = False
         self._urgent = False
         """Something waits that must not wait for the writer's next turn."""
         # The first array makes pyarrow load pandas and its compute functions, half a second of CPU:
@@ -120,6 +120,8 @@ class TraceWriter:
                 self._waiting_bytes += size
             while len(self._events) >= QUEUE_EVENTS and not self._closing:
                 self._changed.wait()
+            if self._ended:
+                raise TraceWriteError(f"the recording into {self.run} was closed meanwhile")
             self._events.append(event)
             self._urgent |= isinstance(event, _Flush) or self._much()
             if self._urgent:
@@ -178,7 +180,7 @@ class TraceWriter:
                 self._urgent = self._closing
                 batch = list(self._events)
                 self._events.clear()
-                ending = self._closing and not batch
+                ending = self._ended = self._closing and not batch
                 self._changed.notify_all()
             self._handle(batch)
             if ending:

@@ -138,13 +138,16 @@ def test_what_is_finished_is_neither_trained_nor_counted_again(
     shown, as_before = (x.output.partition("Students of equal")[2] for x in (done, first))
     assert shown.partition("figures:")[0] == as_before.partition("figures:")[0]
     assert counted == []
+    shutil.rmtree(out / "routing")
+    assert lab(out, SIX).exit_code == 0
+    assert (out / "routing" / "meta").is_dir()
     (out / "figures.html").unlink()  # of an end that was interrupted
     assert lab(out, SIX).exit_code == 0
     assert (out / "figures.html").stat().st_size > 1_000_000
     (out / "regions.parquet").write_bytes(b"torn")
     assert lab(out, SIX).exit_code == 0
     assert len(pq.read_table(out / "regions.parquet")) == 63
-    assert len(counted) == 2
+    assert len(counted) == 3
 
 
 @pytest.mark.usefixtures("short")

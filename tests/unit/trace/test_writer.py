@@ -293,6 +293,49 @@ def test_put_waits_while_too_many_events_wait_and_loses_none(
     assert sorted(routed(w.run)) == list(range(6))
 
 
+def test_who_waits_for_room_and_wakes_after_the_end_does_not_wait_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Slow(threading.Condition):
+        """The thread that flushes is woken, and looks only when the writer has ended."""
+
+        def wait(self, timeout: float | None = None) -> bool:
+            woken = super().wait(timeout)
+            if threading.current_thread().name == "flusher" and self is w._changed:
+                self.release()
+                w._thread.join(30)
+                self.acquire()
+            return woken
+
+    monkeypatch.setattr(writer, "QUEUE_EVENTS", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading, "Condition", Slow)
+        w = TraceWriter(tmp_path, new_meta())
+    gate, said = Gate(w, monkeypatch), list[str]()
+
+    def flush() -> None:
+        try:
+            w.flush()
+        except TraceWriteError as e:
+            said.append(str(e))
+
+    w.put(forward(0))
+    assert gate.reached.wait(30)
+    w.put(forward(1))  # the queue is full
+    flusher = threading.Thread(target=flush, name="flusher", daemon=True)
+    flusher.start()
+    closer = threading.Thread(target=w.close)
+    closer.start()
+    while not w._closing:
+        pass
+    gate.open.set()
+    closer.join(30)
+    flusher.join(30)
+    assert not flusher.is_alive()
+    assert said == [f"the recording into {tmp_path} was closed meanwhile"]
+    assert set(routed(tmp_path)) == {0, 1}
+
+
 def test_written_forwards_keep_their_counts_and_let_go_of_their_rows(w: TraceWriter) -> None:
     f = forward(0)
     before = f.layers[0].routed_GE.copy()
