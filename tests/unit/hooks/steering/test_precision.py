@@ -473,11 +473,25 @@ def test_what_is_returned_says_in_a_line_what_was_measured(tmp_path):
 
 
 def test_a_model_of_another_class_is_warned_of(tmp_path):
-    class Other(TinyModel):
-        pass
-
     model = tiny()
     record(model, tmp_path / "run", [TOKENS])
-    model.__class__ = Other
+    model.__class__ = type("Other", (TinyModel,), {})
     with pytest.warns(UserWarning, match="recorded from a TinyModel, this is a Other"):
         measure(model, tmp_path, formats=["int8"])
+
+
+def test_usage_is_of_the_tokens_that_have_a_loss(tmp_path):
+    def of_some(model, batch):
+        every_BS = loss_of(model, batch)
+        every_BS[:, ::3] = torch.nan
+        return every_BS
+
+    model = tiny()
+    _, rows = measure(model, tmp_path, formats=["int8"], parts=["experts"], loss=of_some)
+    with moe_lens.intervene(model, loss=of_some) as iv:
+        base = iv.measure(TOKENS)
+    for layer in rows.layer.unique():
+        ids_NK = base.layers[layer].expert_ids_BSK[:, np.arange(12) % 3 > 0].reshape(-1, 2)
+        found = rows[(rows["mode"] == "weights") & (rows.layer == layer)].set_index("expert").usage
+        for expert in range(6):
+            assert found[expert] == (ids_NK == expert).any(1).mean()
